@@ -1,0 +1,447 @@
+"""
+eval_niah.py: what the trained models can find in a haystack, and how far their own denoising leads them astray.
+
+    python eval_niah.py --run runs/tiny --tasks mv vt --lengths 96 192 --out runs/eval
+
+Two measurements, each made for the rows Base, Standard MDLM, MemDLM (Train-Only) and MemDLM (Train & Inference):
+  score          RULER's: the share of reference strings found in the generated answer, per task and length (Sec. 4.2)
+  exposure bias  R_EB = L_seq / L_static (Sec. 2.2, Fig. 3): how much worse the true tokens are predicted on states that the
+                 model has reached by its own denoising than on states whose visible tokens are the true ones
+
+Leak-free by construction: a memory is written from the prompt alone, by a function that is never given an answer.
+
+Reading list: RULER, arXiv 2404.06654; exposure bias, Ranzato et al. 2016, arXiv 1511.06732; Wilson's score interval, 1927.
+
+Glossary
+  paper        | name here        | shape
+  L_static     | static           | float, mean NLL of the true tokens at masked positions, Eq. 3
+  L_seq        | sequential       | the same on the model's own states, Eq. 4
+  R_EB         | ratio            | sequential / (static without memory)
+  mask ratio   | mask_ratio       | share of the answer that is still masked, from 1 towards 0
+"""
+
+import argparse
+import math
+import resource
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import sample
+from data import Example, Parser, guarded, pick_device, whole
+from memdlm import read_config
+from model import Fast, Transformer, UserError, load_model, write_json, write_text
+
+# method name in results.json -> (title in tables, checkpoint, whether a memory is written from the prompt)
+ROWS = {
+    "base": ("Base", "base", False),
+    "mdlm": ("Standard MDLM", "mdlm", False),
+    "memdlm_train": ("MemDLM (Train-Only)", "memdlm", False),
+    "memdlm_train_inference": ("MemDLM (Train & Inference)", "memdlm", True),
+}
+# 97.5% quantiles of Student's t by degrees of freedom 1, 2, ...: intervals over a handful of seeds need no more.
+T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+def wilson_interval(mean: float, n: int) -> list[float]:
+    """95% interval for the mean of n scores in [0, 1]. Exact in spirit for 0/1 scores, conservative for fractions."""
+    z = 1.959964
+    centre, spread = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    return [max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))]
+
+
+def t_interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half-width of the 95% t-interval over independent seeds; the half-width is infinite for a single one."""
+    if len(values) < 2:
+        return float(np.mean(values)), math.inf
+    quantile = T_QUANTILE[len(values) - 2] if len(values) - 2 < len(T_QUANTILE) else 1.96
+    return float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def machine(device: str) -> dict:
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "dtype": "float32",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peak_memory(device: str) -> float:
+    """GiB: the process's largest resident size, or on a GPU what torch has allocated there at most."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------------------
+
+
+def answer(
+    model: Transformer, examples: list[Example], write: sample.Write | None, seed: int, batch_size: int = 32
+) -> list[str]:
+    """Answers of one length to prompts of one length, as text. With `write`, each prompt is first written into the weights."""
+    device, texts = next(model.parameters()).device, []
+    for start in range(0, len(examples), batch_size):
+        prompts = torch.tensor([example.prompt for example in examples[start : start + batch_size]], device=device)
+        fast = sample.write_prompt(model, prompts, write, seed, first_row=start) if write else None
+        ids = sample.generate(model, prompts, len(examples[start].response), fast=fast)
+        texts += [data.decode(row) for row in ids.tolist()]
+    return texts
+
+
+def score_cells(models: dict, tasks: list[str], lengths: list[int], samples: int, seed: int, write: sample.Write) -> list[dict]:
+    """One record per method, task and length: the mean score over `samples` held-out examples and its 95% interval.
+
+    models: checkpoint name ("base", "mdlm", "memdlm") -> Transformer. Rows whose checkpoint is absent are left out.
+    """
+    rows = [method for method, (_, checkpoint, _) in ROWS.items() if checkpoint in models]
+    cells = [(method, task, length) for length in lengths for task in tasks for method in rows]
+    records = []
+    for method, task, length in tqdm(cells, f"seed {seed}: scores", delay=2, mininterval=1):
+        _, checkpoint, memory = ROWS[method]
+        examples = data.make_examples(task, samples, length, data.split_seed(seed, "test"))
+        texts = answer(models[checkpoint], examples, write if memory else None, seed)
+        mean = float(np.mean([data.score(example.references, text) for example, text in zip(examples, texts)]))
+        record = {"method": method, "task": task, "length": length, "n": samples, "score": mean}
+        records.append(record | {"ci95": wilson_interval(mean, samples), "seed": seed})
+    return records
+
+
+# ---- exposure bias (Sec. 2.2, Fig. 3) -------------------------------------------------------------------------------------
+
+
+def nll_at(model: Transformer, canvas: Tensor, x0: Tensor, masked: Tensor, fast: Fast | None) -> tuple[Tensor, Tensor]:
+    """Per row the mean -log p(x0_i) over the masked positions (B,), and the logits (M, V) at them."""
+    logits = sample.guided_logits(model, canvas, masked, fast, 0.0, None, masked)
+    nll = F.cross_entropy(logits, x0[masked], reduction="none")
+    return torch.zeros(masked.shape, device=nll.device).masked_scatter(masked, nll).sum(1) / masked.sum(1), logits
+
+
+@torch.no_grad()
+def exposure_walk(
+    model: Transformer, x0: Tensor, response: Tensor, order: Tensor, steps: int, fast: Fast | None
+) -> list[tuple]:
+    """L_static and L_seq per row at mask ratios 1, 1 - 1/steps, ... 1/steps: [(ratio, static (B,), sequential (B,))].
+
+    x0 (B, T), response (B, T) bool with the same n response tokens in each row; order (B, T): random numbers that rank
+    the positions. The static mask at each ratio is the first max(1, int(n * ratio)) of that ranking, so it is shared by
+    all models. The walk starts all-masked and commits its most confident tokens down to the same count.
+    """
+    n = int(response[0].sum())
+    rank = order.masked_fill(~response, 2.0).argsort(dim=1).argsort(dim=1)
+    canvas, curve = torch.where(response, data.MASK, x0), []
+    for step in range(steps):
+        ratio = 1 - step / steps
+        static = rank < max(1, int(n * ratio))
+        masked = (canvas == data.MASK) & response
+        static_nll, _ = nll_at(model, torch.where(static, data.MASK, x0), x0, static, fast)
+        sequential_nll, logits = nll_at(model, canvas, x0, masked, fast)
+        curve.append((ratio, static_nll, sequential_nll))
+        commit = int(masked[0].sum()) - max(1, int(n * (1 - (step + 1) / steps)))
+        tokens, probability = sample.choose_tokens(logits, 0.0, None)
+        confidence = torch.full(canvas.shape, -1.0, device=canvas.device).masked_scatter(masked, probability)
+        canvas = torch.where(sample.select(confidence, commit, None), canvas.masked_scatter(masked, tokens), canvas)
+    return curve
+
+
+def exposure_bias(
+    models: dict, tasks: list[str], length: int, samples: int, seed: int, write: sample.Write, steps: int = 8
+) -> list[dict]:
+    """One record per method and mask ratio. Means over all tasks' examples first, then the ratio of the means.
+
+    The denominator is always the model's static loss *without* memory, so that the two MemDLM rows share it.
+    """
+    walks = {method: [] for method, (_, checkpoint, _) in ROWS.items() if checkpoint in models}
+    for method, task in tqdm([(m, t) for m in walks for t in tasks], f"seed {seed}: exposure bias", delay=2, mininterval=1):
+        _, checkpoint, memory = ROWS[method]
+        model = models[checkpoint]
+        batch = data.collate(
+            data.make_examples(task, samples, length, data.split_seed(seed, "test")), next(model.parameters()).device
+        )
+        order = torch.rand(batch.x0.shape, generator=sample.generator_for(seed, "static masks", task)).to(batch.x0.device)
+        prompts = batch.x0[:, : int((~batch.maskable[0]).sum())]
+        fast = sample.write_prompt(model, prompts, write, seed) if memory else None
+        walks[method].append(exposure_walk(model, batch.x0, batch.maskable, order, steps, fast))
+    records, plain_static = [], {}
+    for method, by_task in walks.items():
+        for step in range(steps):
+            ratio = by_task[0][step][0]
+            static, sequential = (torch.cat([walk[step][i] for walk in by_task]).mean().item() for i in (1, 2))
+            denominator = plain_static.setdefault((ROWS[method][1], step), static)  # rows without memory come first
+            record = {"method": method, "mask_ratio": ratio, "static": static, "sequential": sequential}
+            records.append(record | {"ratio": sequential / denominator, "seed": seed})
+    return records
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------------
+
+
+def mean_over_tasks(results: dict, method: str, length: int, seed: int) -> float:
+    cells = [r["score"] for r in results["niah"] if (r["method"], r["length"], r["seed"]) == (method, length, seed)]
+    return float(np.mean(cells))
+
+
+def differences(results: dict) -> list[dict]:
+    """Train-Only minus Standard MDLM, and Train & Inference minus Train-Only: score averaged over tasks, paired by seed."""
+    records = []
+    for better, worse in (("memdlm_train", "mdlm"), ("memdlm_train_inference", "memdlm_train")):
+        for length in distinct(results["niah"], "length"):
+            pairs = [
+                [mean_over_tasks(results, method, length, seed) for method in (better, worse)]
+                for seed in distinct(results["niah"], "seed")
+            ]
+            mean, half = t_interval([a - b for a, b in pairs])
+            ci95 = [mean - half, mean + half] if math.isfinite(half) else None
+            records.append({"better": better, "worse": worse, "length": length, "mean": mean, "ci95": ci95})
+    return records
+
+
+def distinct(records: list[dict], key: str) -> list:
+    return list(dict.fromkeys(record[key] for record in records))
+
+
+def interval_text(values: list[float], form: str = ".3f") -> str:
+    """mean ± half-width of the t-interval over seeds, or the value alone where there is one seed."""
+    mean, half = t_interval(values)
+    return f"{mean:{form}}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
+
+
+def markdown(header: list, rows: list[list]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def score_table(results: dict) -> str:
+    """Task by task and on average: each row's score at each length, mean over seeds."""
+    tasks, lengths = distinct(results["niah"], "task"), distinct(results["niah"], "length")
+    rows = []
+    for method in distinct(results["niah"], "method"):
+        cells = {}
+        for record in results["niah"]:
+            if record["method"] == method:
+                cells.setdefault((record["task"], record["length"]), []).append(record["score"])
+        means = [[float(np.mean(cells[task, length])) for task in tasks] for length in lengths]
+        rows.append(
+            [ROWS[method][0], *(f"{x:.2f}" for row in means for x in row), *(f"**{np.mean(row):.3f}**" for row in means)]
+        )
+    return markdown(["method", *(f"{t} {n}" for n in lengths for t in tasks), *(f"mean {n}" for n in lengths)], rows)
+
+
+def difference_table(results: dict) -> str:
+    lengths, rows = distinct(results["niah"], "length"), {}
+    for record in differences(results) if {"mdlm", "memdlm_train"} <= set(distinct(results["niah"], "method")) else []:
+        text = f"{record['mean']:+.3f}" + (f" [{record['ci95'][0]:+.3f}, {record['ci95'][1]:+.3f}]" if record["ci95"] else "")
+        rows.setdefault(f"{ROWS[record['better']][0]} minus {ROWS[record['worse']][0]}", []).append(text)
+    return markdown(["difference, mean over tasks", *lengths], [[title, *cells] for title, cells in rows.items()])
+
+
+def exposure_table(results: dict) -> str:
+    """L_static, L_seq and R_EB, averaged over the mask ratios below 1 (at 1 both states are the same, all masked)."""
+    rows = []
+    for method in distinct(results["exposure_bias"], "method"):
+        cells = []
+        for key in ("static", "sequential", "ratio"):
+            by_seed = {}
+            for record in results["exposure_bias"]:
+                if record["method"] == method and record["mask_ratio"] < 1:
+                    by_seed.setdefault(record["seed"], []).append(record[key])
+            cells.append(interval_text([float(np.mean(values)) for values in by_seed.values()]))
+        rows.append([ROWS[method][0], *cells])
+    return markdown(["exposure bias", "L_static", "L_seq", "R_EB"], rows)
+
+
+def loss_table(results: dict) -> str:
+    """What was learnt: losses at the last step, with and without memory."""
+    rows, last = [], max((record["step"] for record in results["loss"]), default=0)
+    for method in distinct(results["loss"], "method"):
+        final = [record for record in results["loss"] if record["method"] == method and record["step"] == last]
+        keys = ("train_with_memory", "train_without_memory", "eval_without_memory")
+        rows.append([method, *(interval_text([record[key] for record in final]) for key in keys)])
+    return markdown(["loss at the last step", "train, with memory (leaks)", "train, without", "held out, without"], rows)
+
+
+def report(results: dict) -> str:
+    """All tables, as markdown ready to paste. Intervals are 95% t-intervals over seeds."""
+    seeds, n = distinct(results["niah"], "seed"), results["niah"][0]["n"]
+    where = results["machine"]
+    where = f"{where['device']}, {where['dtype']}, torch {where['torch']}, {where['threads']} threads"
+    title = f"Seeds {seeds}, {n} examples a cell, {where}."
+    tables = [score_table(results), difference_table(results)]
+    tables += [exposure_table(results)] if results.get("exposure_bias") else []
+    tables += [loss_table(results)] if results.get("loss") else []
+    return "\n\n".join([title, *tables])
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------------
+
+COLOURS = {
+    "base": "tab:gray",
+    "mdlm": "tab:red",
+    "memdlm_train": "tab:blue",
+    "memdlm_train_inference": "tab:green",
+    "memdlm": "tab:blue",
+}
+
+
+def mean_by(records: list[dict], x: str, y: str, **where) -> tuple[list, list]:
+    """Sorted distinct x values of the matching records, and the mean y (over seeds) at each."""
+    groups = {}
+    for record in records:
+        if all(record[key] == value for key, value in where.items()):
+            groups.setdefault(record[x], []).append(record[y])
+    return sorted(groups), [float(np.mean(groups[key])) for key in sorted(groups)]
+
+
+def draw_losses(records: list[dict], path: Path) -> None:
+    """Left: training loss with and without memory, held-out loss. Right: held-out NLL by noise level t at the last step."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    styles = {
+        "train_with_memory": (":", "train, with memory (leaks)"),
+        "train_without_memory": ("-", "train, without memory"),
+        "eval_without_memory": ("--", "held out, without memory"),
+    }
+    for method in ("mdlm", "memdlm"):
+        for key, (style, label) in styles.items():
+            left.plot(*mean_by(records, "step", key, method=method), style, color=COLOURS[method], label=f"{method}: {label}")
+        steps = [record["step"] for record in records if record["method"] == method]
+        for step, style, label in ((0, ":", "before"), (max(steps), "-", "after")):
+            bins = np.array([r["eval_by_t"] for r in records if r["method"] == method and r["step"] == step], dtype=float)
+            centres = (np.arange(bins.shape[1]) + 0.5) / bins.shape[1]
+            right.plot(
+                centres,
+                np.nanmean(bins, axis=0),
+                style,
+                marker="o",
+                color=COLOURS[method],
+                label=f"{method}, {label} fine-tuning",
+            )
+    left.set(xlabel="fine-tuning step", ylabel="MDLM loss (Eq. 2)", title="Loss with and without memory")
+    right.set(xlabel="noise level t", ylabel="NLL per masked token", title="Held-out loss by noise level", xlim=(0, 1))
+    for axis in (left, right):
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=8)
+    save_picture(figure, path)
+
+
+def draw_exposure(records: list[dict], path: Path) -> None:
+    """Left: R_EB over the mask ratio, as Fig. 3. Right: the two losses that it is made of."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for method in distinct(records, "method"):
+        left.plot(
+            *mean_by(records, "mask_ratio", "ratio", method=method), marker="o", color=COLOURS[method], label=ROWS[method][0]
+        )
+        right.plot(
+            *mean_by(records, "mask_ratio", "sequential", method=method),
+            "-",
+            color=COLOURS[method],
+            label=f"{ROWS[method][0]}: L_seq",
+        )
+        right.plot(
+            *mean_by(records, "mask_ratio", "static", method=method),
+            ":",
+            color=COLOURS[method],
+            label=f"{ROWS[method][0]}: L_static",
+        )
+    left.axhline(1, color="black", linewidth=0.8)
+    left.set(ylabel="R_EB = L_seq / L_static", title="Exposure bias (1 is ideal)", yscale="log")
+    right.set(ylabel="NLL of the true tokens", title="The losses behind it", yscale="log")
+    for axis in (left, right):
+        axis.set_xlabel("mask ratio (denoising runs to the right)")
+        axis.invert_xaxis()
+        axis.legend(fontsize=7)
+    save_picture(figure, path)
+
+
+def draw_scores(records: list[dict], path: Path) -> None:
+    """Heat map: tasks down, lengths across, one panel a row of the table."""
+    methods, tasks, lengths = (distinct(records, key) for key in ("method", "task", "length"))
+    figure, axes = plt.subplots(1, len(methods), figsize=(3.2 * len(methods), 3.4), layout="constrained", squeeze=False)
+    for axis, method in zip(axes[0], methods):
+        grid = np.array(
+            [
+                [np.mean(mean_by(records, "length", "score", method=method, task=task, length=length)[1]) for length in lengths]
+                for task in tasks
+            ]
+        )
+        image = axis.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for (row, column), value in np.ndenumerate(grid):
+            axis.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
+        axis.set_xticks(range(len(lengths)), lengths)
+        axis.set_yticks(range(len(tasks)), tasks)
+        axis.set(title=ROWS[method][0], xlabel="length in tokens")
+        axis.title.set_fontsize(10)
+    figure.colorbar(image, ax=axes[0].tolist(), label="score")
+    save_picture(figure, path)
+
+
+def save_picture(figure, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}.") from None
+    plt.close(figure)
+
+
+def draw_pictures(results: dict, out: Path) -> None:
+    draw_scores(results["niah"], out / "niah.png")
+    if results.get("exposure_bias"):
+        draw_exposure(results["exposure_bias"], out / "exposure_bias.png")
+    if results.get("loss"):
+        draw_losses(results["loss"], out / "loss.png")
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    parser = Parser("Scores a finished run's models on the tasks, at any lengths.")
+    flag = parser.add_argument
+    flag("--run", required=True, help="folder of a finished run, e.g. runs/tiny")
+    flag("--out", required=True, help="folder for results.json, niah.png and table.md")
+    flag("--tasks", nargs="+", choices=list(data.TASKS), default=list(data.TASKS), help="tasks to evaluate")
+    flag("--lengths", nargs="+", type=whole(64, 8192), help="lengths to evaluate (default: the run's)")
+    flag("--samples", type=whole(1), help="test examples per task and length (default: the run's)")
+    flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    folder, out, device = Path(args.run), Path(args.out), pick_device(args.device)
+    config = read_config(folder)
+    write_text(out / "table.md", "")  # finds out now, not after the work, that the folder cannot be written
+    results = {
+        "config": {**config, **{key: value for key, value in vars(args).items() if value}},
+        "machine": machine(device),
+        "niah": [],
+    }
+    for seed in range(config["seed"], config["seed"] + config["seeds"]):
+        models = {
+            name: load_model(folder / f"seed{seed}" / f"{name}.safetensors", device)[0] for name in ("base", "mdlm", "memdlm")
+        }
+        lengths, samples = args.lengths or config["lengths"], args.samples or config["samples"]
+        results["niah"] += score_cells(models, args.tasks, lengths, samples, seed, sample.write_settings(config))
+    results["peak_memory_gib"] = peak_memory(device)
+    write_json(out / "results.json", results)
+    write_text(out / "table.md", report(results) + "\n")
+    draw_pictures(results, out)
+    print(report(results))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    guarded(lambda: run(build_parser().parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    main()
