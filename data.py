@@ -332,7 +332,7 @@ def encode_pair(record: object, where: str, max_length: int) -> Example:
 def read_jsonl(path: str | Path, max_length: int) -> list[Example]:
     """All pairs of a JSONL file, read and checked in full before any work begins. Empty lines are passed over."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --data {path}: {error}.") from None
     examples = []
@@ -397,6 +397,9 @@ def guarded(run: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; what was saved is kept, and --resume goes on from there.", file=sys.stderr)
+        sys.exit(130)
 
 
 def pick_device(name: str) -> str:

@@ -38,9 +38,21 @@ from tqdm import tqdm
 
 import data
 import sample
-from data import Example, Parser, guarded, pick_device, whole
-from memdlm import read_config
-from model import Fast, Transformer, UserError, load_model, write_json, write_text
+from data import Batch, Example, Parser, guarded, pick_device, real, whole
+from memdlm import (
+    SCOPES,
+    Anchor,
+    Memory,
+    corrupt,
+    draw_pre_anchor,
+    generator_for,
+    init_fast,
+    masked_nll,
+    mdlm_loss,
+    memdlm_loss,
+    read_config,
+)
+from model import Fast, Transformer, UserError, check_writable, load_model, read_json, write_json, write_text
 
 # method name in results.json -> (title in tables, checkpoint, whether a memory is written from the prompt)
 ROWS = {
@@ -140,19 +152,20 @@ def exposure_walk(
     all models. The walk starts all-masked and commits its most confident tokens down to the same count.
     """
     n = int(response[0].sum())
+    counts = [max(1, n * (steps - step) // steps) for step in range(steps + 1)]  # whole numbers: no rounding surprise
     rank = order.masked_fill(~response, 2.0).argsort(dim=1).argsort(dim=1)
     canvas, curve = torch.where(response, data.MASK, x0), []
     for step in range(steps):
-        ratio = 1 - step / steps
-        static = rank < max(1, int(n * ratio))
+        static = rank < counts[step]
         masked = (canvas == data.MASK) & response
         static_nll, _ = nll_at(model, torch.where(static, data.MASK, x0), x0, static, fast)
         sequential_nll, logits = nll_at(model, canvas, x0, masked, fast)
-        curve.append((ratio, static_nll, sequential_nll))
-        commit = int(masked[0].sum()) - max(1, int(n * (1 - (step + 1) / steps)))
+        curve.append((1 - step / steps, static_nll, sequential_nll))
         tokens, probability = sample.choose_tokens(logits, 0.0, None)
         confidence = torch.full(canvas.shape, -1.0, device=canvas.device).masked_scatter(masked, probability)
-        canvas = torch.where(sample.select(confidence, commit, None), canvas.masked_scatter(masked, tokens), canvas)
+        canvas = torch.where(
+            sample.select(confidence, counts[step] - counts[step + 1], None), canvas.masked_scatter(masked, tokens), canvas
+        )
     return curve
 
 
@@ -170,7 +183,7 @@ def exposure_bias(
         batch = data.collate(
             data.make_examples(task, samples, length, data.split_seed(seed, "test")), next(model.parameters()).device
         )
-        order = torch.rand(batch.x0.shape, generator=sample.generator_for(seed, "static masks", task)).to(batch.x0.device)
+        order = torch.rand(batch.x0.shape, generator=generator_for(seed, "static masks", task)).to(batch.x0.device)
         prompts = batch.x0[:, : int((~batch.maskable[0]).sum())]
         fast = sample.write_prompt(model, prompts, write, seed) if memory else None
         walks[method].append(exposure_walk(model, batch.x0, batch.maskable, order, steps, fast))
@@ -180,9 +193,60 @@ def exposure_bias(
             ratio = by_task[0][step][0]
             static, sequential = (torch.cat([walk[step][i] for walk in by_task]).mean().item() for i in (1, 2))
             denominator = plain_static.setdefault((ROWS[method][1], step), static)  # rows without memory come first
-            record = {"method": method, "mask_ratio": ratio, "static": static, "sequential": sequential}
-            records.append(record | {"ratio": sequential / denominator, "seed": seed})
+            record = {
+                "static": static,
+                "sequential": sequential,
+                "ratio": sequential / denominator if denominator else math.nan,
+            }
+            record = {"method": method, "mask_ratio": ratio} | {key: finite(value) for key, value in record.items()}
+            records.append(record | {"seed": seed})
     return records
+
+
+# ---- losses with and without memory ---------------------------------------------------------------------------------------
+
+T_BINS = 5
+
+
+def stratified_anchor(maskable: Tensor, seed: int) -> Anchor:
+    """An anchor whose t covers (0, 1) evenly, the same at every call: less noise when losses are compared over time."""
+    generator, rows = generator_for(seed, "measure"), len(maskable)
+    t = (torch.randperm(rows, generator=generator) + 0.5) / rows
+    masked = torch.rand(maskable.shape, generator=generator) < t[:, None]
+    return Anchor(t.to(maskable.device), masked.to(maskable.device) & maskable)
+
+
+@torch.no_grad()
+def measure_losses(model: Transformer, train_set: Batch, held_out: Batch, memory: Memory, seed: int) -> dict:
+    """The training loss with and without memory on the same noise, and the held-out loss without.
+
+    The loss *with* memory leaks: the inner loop has seen the very labels that it is then scored on. It is logged to show
+    that, beside the honest one. eval_by_t: held-out NLL per masked token in T_BINS equal bins of t.
+    """
+    model.eval()
+    anchor, generator = stratified_anchor(train_set.maskable, seed), generator_for(seed, "measure memory")
+    pre_masked = draw_pre_anchor(anchor.masked, train_set.maskable, memory.start_scale, generator)
+    fast = init_fast(model, memory, SCOPES[memory.scope](len(train_set.x0)), generator)
+    with_memory, _ = memdlm_loss(model, train_set, anchor, pre_masked, fast, memory)
+    held_anchor = stratified_anchor(held_out.maskable, seed)
+    h = model.embedding(corrupt(held_out.x0, held_anchor.masked))
+    nll = masked_nll(model, model.run(h, 0, model.config.layers, held_out.attention_mask), held_out.x0, held_anchor.masked)
+    bins = (held_anchor.t[held_anchor.masked.nonzero()[:, 0]] * T_BINS).long()
+    return {
+        "train_with_memory": finite(with_memory.item()),
+        "train_without_memory": finite(mdlm_loss(model, train_set, anchor).item()),
+        "eval_without_memory": finite(mdlm_loss(model, held_out, held_anchor).item()),
+        "eval_by_t": [finite(nll[bins == i].mean().item()) for i in range(T_BINS)],
+    }
+
+
+def finite(value: float) -> float | None:
+    """None, JSON's null, for what is not a number: the mean of an empty bin, the loss of a model that has blown up."""
+    return value if math.isfinite(value) else None
+
+
+def as_floats(values: list[float | None]) -> np.ndarray:
+    return np.array(values, dtype=float)  # null becomes nan, which every mean and every picture then shows as missing
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------------
@@ -193,29 +257,50 @@ def mean_over_tasks(results: dict, method: str, length: int, seed: int) -> float
     return float(np.mean(cells))
 
 
-def differences(results: dict) -> list[dict]:
-    """Train-Only minus Standard MDLM, and Train & Inference minus Train-Only: score averaged over tasks, paired by seed."""
+def paired_difference(first: dict, method: str, second: dict, baseline: str) -> list[dict]:
+    """`method` of the results `first` minus `baseline` of `second`, score averaged over tasks, paired by seed, per length."""
+    seeds = [seed for seed in distinct(first["niah"], "seed") if seed in distinct(second["niah"], "seed")]
     records = []
-    for better, worse in (("memdlm_train", "mdlm"), ("memdlm_train_inference", "memdlm_train")):
-        for length in distinct(results["niah"], "length"):
-            pairs = [
-                [mean_over_tasks(results, method, length, seed) for method in (better, worse)]
-                for seed in distinct(results["niah"], "seed")
-            ]
-            mean, half = t_interval([a - b for a, b in pairs])
-            ci95 = [mean - half, mean + half] if math.isfinite(half) else None
-            records.append({"better": better, "worse": worse, "length": length, "mean": mean, "ci95": ci95})
+    for length in distinct(first["niah"], "length"):
+        gains = [mean_over_tasks(first, method, length, s) - mean_over_tasks(second, baseline, length, s) for s in seeds]
+        mean, half = t_interval(gains)
+        ci95 = [mean - half, mean + half] if math.isfinite(half) else None
+        records.append({"better": method, "worse": baseline, "length": length, "mean": mean, "ci95": ci95})
     return records
+
+
+def compare(specifications: list[str]) -> str:
+    """Two methods of two finished runs, given as RUN:method, on the seeds that both have: scores, and what each has learnt."""
+    sides = []
+    for text in specifications:
+        folder, _, method = text.rpartition(":")
+        if method not in ROWS:
+            raise UserError(f"--compare takes RUN:method with a method of {', '.join(ROWS)}, not {text}.")
+        sides.append((read_json(Path(folder) / "results.json"), method))
+    (first, method), (second, baseline) = sides
+    records = paired_difference(first, method, second, baseline)
+    rows = [[f"{specifications[0]} minus {specifications[1]}", *(difference_text(record) for record in records)]]
+    learnt = []
+    for (results, name), text in zip(sides, specifications):
+        last = max(record["step"] for record in results["loss"])
+        final = [r for r in results["loss"] if (r["method"], r["step"]) == (ROWS[name][1], last)]
+        learnt.append([text, interval_text([record["train_without_memory"] for record in final])])
+    header = ["difference, mean over tasks", *(record["length"] for record in records)]
+    return markdown(header, rows) + "\n\n" + markdown(["learnt", "training loss without memory"], learnt)
+
+
+def difference_text(record: dict) -> str:
+    return f"{record['mean']:+.3f}" + (f" [{record['ci95'][0]:+.3f}, {record['ci95'][1]:+.3f}]" if record["ci95"] else "")
 
 
 def distinct(records: list[dict], key: str) -> list:
     return list(dict.fromkeys(record[key] for record in records))
 
 
-def interval_text(values: list[float], form: str = ".3f") -> str:
+def interval_text(values: list[float]) -> str:
     """mean ± half-width of the t-interval over seeds, or the value alone where there is one seed."""
-    mean, half = t_interval(values)
-    return f"{mean:{form}}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
+    mean, half = t_interval(as_floats(values))
+    return f"{mean:.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
 
 
 def markdown(header: list, rows: list[list]) -> str:
@@ -240,11 +325,12 @@ def score_table(results: dict) -> str:
 
 
 def difference_table(results: dict) -> str:
-    lengths, rows = distinct(results["niah"], "length"), {}
-    for record in differences(results) if {"mdlm", "memdlm_train"} <= set(distinct(results["niah"], "method")) else []:
-        text = f"{record['mean']:+.3f}" + (f" [{record['ci95'][0]:+.3f}, {record['ci95'][1]:+.3f}]" if record["ci95"] else "")
-        rows.setdefault(f"{ROWS[record['better']][0]} minus {ROWS[record['worse']][0]}", []).append(text)
-    return markdown(["difference, mean over tasks", *lengths], [[title, *cells] for title, cells in rows.items()])
+    """The paper's two claims: Train-Only over Standard MDLM, and Train & Inference over Train-Only."""
+    lengths, rows = distinct(results["niah"], "length"), []
+    for better, worse in (("memdlm_train", "mdlm"), ("memdlm_train_inference", "memdlm_train")):
+        records = paired_difference(results, better, results, worse)
+        rows.append([f"{ROWS[better][0]} minus {ROWS[worse][0]}", *map(difference_text, records)])
+    return markdown(["difference, mean over tasks", *lengths], rows)
 
 
 def exposure_table(results: dict) -> str:
@@ -257,7 +343,7 @@ def exposure_table(results: dict) -> str:
             for record in results["exposure_bias"]:
                 if record["method"] == method and record["mask_ratio"] < 1:
                     by_seed.setdefault(record["seed"], []).append(record[key])
-            cells.append(interval_text([float(np.mean(values)) for values in by_seed.values()]))
+            cells.append(interval_text([float(as_floats(values).mean()) for values in by_seed.values()]))
         rows.append([ROWS[method][0], *cells])
     return markdown(["exposure bias", "L_static", "L_seq", "R_EB"], rows)
 
@@ -301,7 +387,7 @@ def mean_by(records: list[dict], x: str, y: str, **where) -> tuple[list, list]:
     for record in records:
         if all(record[key] == value for key, value in where.items()):
             groups.setdefault(record[x], []).append(record[y])
-    return sorted(groups), [float(np.mean(groups[key])) for key in sorted(groups)]
+    return sorted(groups), [float(as_floats(groups[key]).mean()) for key in sorted(groups)]
 
 
 def draw_losses(records: list[dict], path: Path) -> None:
@@ -321,7 +407,7 @@ def draw_losses(records: list[dict], path: Path) -> None:
             centres = (np.arange(bins.shape[1]) + 0.5) / bins.shape[1]
             right.plot(
                 centres,
-                np.nanmean(bins, axis=0),
+                bins.mean(axis=0),
                 style,
                 marker="o",
                 color=COLOURS[method],
@@ -408,30 +494,43 @@ def draw_pictures(results: dict, out: Path) -> None:
 def build_parser() -> Parser:
     parser = Parser("Scores a finished run's models on the tasks, at any lengths.")
     flag = parser.add_argument
-    flag("--run", required=True, help="folder of a finished run, e.g. runs/tiny")
-    flag("--out", required=True, help="folder for results.json, niah.png and table.md")
+    flag("--run", help="folder of a finished run, e.g. runs/tiny")
+    flag("--out", help="folder for results.json, niah.png and table.md")
+    flag("--compare", nargs=2, metavar="RUN:METHOD", help="only compare two methods of finished runs, paired by seed")
     flag("--tasks", nargs="+", choices=list(data.TASKS), default=list(data.TASKS), help="tasks to evaluate")
     flag("--lengths", nargs="+", type=whole(64, 8192), help="lengths to evaluate (default: the run's)")
     flag("--samples", type=whole(1), help="test examples per task and length (default: the run's)")
+    flag("--write", choices=list(sample.WRITE_RULES), help="how a prompt is written (default, as for the next four: the run's)")
+    flag("--write-lr", type=real(0), help="step size of that")
+    flag("--write-rank", type=whole(1), help="rank of its fast weights")
+    flag("--write-passes", type=whole(1), help="how often its stages are gone through")
+    flag("--anchor-ratio", type=real(0.01, 1), help="share of the prompt masked by 'paper' (Fig. 8)")
     flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.compare:
+        print(compare(args.compare))
+        return
+    if not (args.run and args.out):
+        raise UserError("say which run to score and where to write: --run DIR --out DIR.")
     folder, out, device = Path(args.run), Path(args.out), pick_device(args.device)
-    config = read_config(folder)
-    write_text(out / "table.md", "")  # finds out now, not after the work, that the folder cannot be written
-    results = {
-        "config": {**config, **{key: value for key, value in vars(args).items() if value}},
-        "machine": machine(device),
-        "niah": [],
+    config = read_config(folder) | {key: value for key, value in vars(args).items() if value is not None}
+    if out.resolve() == folder.resolve():
+        raise UserError("--out is the run's own folder, whose results.json would be lost: name another one.")
+    seeds = range(config["seed"], config["seed"] + config["seeds"])
+    models = {
+        (seed, name): load_model(folder / f"seed{seed}" / f"{name}.safetensors", device)[0]
+        for seed in seeds
+        for name in ("base", "mdlm", "memdlm")
     }
-    for seed in range(config["seed"], config["seed"] + config["seeds"]):
-        models = {
-            name: load_model(folder / f"seed{seed}" / f"{name}.safetensors", device)[0] for name in ("base", "mdlm", "memdlm")
-        }
-        lengths, samples = args.lengths or config["lengths"], args.samples or config["samples"]
-        results["niah"] += score_cells(models, args.tasks, lengths, samples, seed, sample.write_settings(config))
+    check_writable(out)
+    results = {"config": config, "machine": machine(device), "niah": []}
+    for seed in seeds:
+        of_seed = {name: model for (s, name), model in models.items() if s == seed}
+        write = sample.write_settings(config)
+        results["niah"] += score_cells(of_seed, args.tasks, config["lengths"], config["samples"], seed, write)
     results["peak_memory_gib"] = peak_memory(device)
     write_json(out / "results.json", results)
     write_text(out / "table.md", report(results) + "\n")

@@ -59,12 +59,15 @@ from model import (
     Transformer,
     UserError,
     add_outer_lora,
+    check_writable,
     init_weights,
     kaiming_uniform,
     load_checkpoint,
     load_model,
     read_json,
+    restore,
     save_checkpoint,
+    training_state,
     write_json,
     write_text,
 )
@@ -98,11 +101,11 @@ def masked_nll(model: Transformer, h: Tensor, x0: Tensor, masked: Tensor) -> Ten
 
 
 def denoising_loss(
-    model: Transformer, batch: Batch, anchor: Anchor, h: Tensor, fast: Fast | None = None, start: int = 0
+    model: Transformer, batch: Batch, anchor: Anchor, h: Tensor, fast: Fast | None = None, start: float = 0
 ) -> Tensor:
     """Eq. 2, and with `fast` Eq. 9: sum of w(t) * nll over masked tokens / number of maskable tokens.
 
-    h (B, T, D) is the input of layer `start`.
+    h (B, T, D) is the stack's state at `start`, counted in layers.
     """
     h = model.run(h, start, model.config.layers, batch.attention_mask, fast)
     nll = masked_nll(model, h, batch.x0, anchor.masked)  # (M,)
@@ -137,8 +140,19 @@ SCOPES = {"batch": lambda rows: 1, "sample": lambda rows: rows}
 
 
 def first_adapted_layer(layers: int, fraction: float) -> int:
-    """Layers int(n * (1 - fraction)) .. n - 1 are adapted; the layers before are the *prefix*, which phi cannot change."""
-    return max(0, int(layers * (1 - min(1.0, fraction))))
+    """Layers int(n * (1 - fraction)) .. n - 1 are adapted."""
+    first = max(0, int(layers * (1 - min(1.0, fraction))))
+    if first == layers:
+        raise UserError(f"a memory fraction of {fraction} adapts none of {layers} layers: raise --memory-fraction.")
+    return first
+
+
+def memory_start(model: Transformer, memory: Memory) -> float:
+    """Where phi begins to matter, in layers: behind the attention of the first adapted layer, hence the half.
+
+    Everything before is the *prefix*, the same for any phi.
+    """
+    return first_adapted_layer(model.config.layers, memory.fraction) + 0.5
 
 
 def init_fast(model: Transformer, memory: Memory, sets: int, generator: torch.Generator) -> Fast:
@@ -177,7 +191,7 @@ def stage_loss(
 
     sum(w * nll) / number of loss positions, w = 1/t with t the fraction of maskable tokens that this state really masks.
     """
-    h = model.run(h, first_adapted_layer(model.config.layers, memory.fraction), model.config.layers, batch.attention_mask, fast)
+    h = model.run(h, memory_start(model, memory), model.config.layers, batch.attention_mask, fast)
     nll = masked_nll(model, h, batch.x0, masked)  # (M,)
     count = masked.sum(1)  # (B,)
     t = count / batch.maskable.sum(1).clamp(min=1)
@@ -191,7 +205,7 @@ def stage_loss(
 def sgd(parameter: Tensor, grad: Tensor, loss: Tensor, memory: Memory) -> Tensor:
     """parameter - lr * clipped grad for one A or B (N, ., .); loss (N,). Each tensor of each set is clipped alone.
 
-    A set whose loss or gradient is not finite keeps what it has.
+    A set whose loss is not finite keeps what it has; so does a tensor whose gradient is not.
     """
     norm = grad.flatten(1).norm(dim=1)  # (N,)
     scale = (memory.clip / (norm + 1e-12)).clamp(max=1.0) if memory.clip > 0 else torch.ones_like(norm)
@@ -233,7 +247,7 @@ def memdlm_loss(
     activations on x_t serve both stage 2 and this loss, x_tpre's prefix needs no graph, and the inner backwards end at
     the first adapted layer: 4 + 3s units of work instead of 9, where plain MDLM costs 3 and s is the adapted share.
     """
-    cut = first_adapted_layer(model.config.layers, memory.fraction)
+    cut = memory_start(model, memory)
     h = model.run(model.embedding(corrupt(batch.x0, anchor.masked)), 0, cut, batch.attention_mask)
     with torch.no_grad():
         h_pre = model.run(model.embedding(corrupt(batch.x0, pre_masked)), 0, cut, batch.attention_mask)
@@ -242,11 +256,13 @@ def memdlm_loss(
 
 
 def standard_method(model: Transformer, batch: Batch, memory: Memory, generator: torch.Generator) -> Tensor:
+    """Draws an anchor and returns the loss of Standard MDLM on it."""
     return mdlm_loss(model, batch, draw_anchor(batch.maskable, generator))
 
 
 def memory_method(model: Transformer, batch: Batch, memory: Memory, generator: torch.Generator) -> Tensor:
-    anchor = draw_anchor(batch.maskable, generator)  # the same draws as standard_method's: the comparison is paired
+    """The same anchor as `standard_method` from the same generator, so that comparisons are paired; then MemDLM's loss."""
+    anchor = draw_anchor(batch.maskable, generator)
     pre_masked = draw_pre_anchor(anchor.masked, batch.maskable, memory.start_scale, generator)
     fast = init_fast(model, memory, SCOPES[memory.scope](len(batch.x0)), generator)
     return memdlm_loss(model, batch, anchor, pre_masked, fast, memory)[0]
@@ -259,7 +275,7 @@ def pretraining_method(model: Transformer, batch: Batch, memory: Memory, generat
     return masked_nll(model, h, batch.x0, masked).sum() / masked.sum().clamp(min=1)
 
 
-METHODS = {"pretrain": pretraining_method, "mdlm": standard_method, "memdlm": memory_method}
+METHODS = {"base": pretraining_method, "mdlm": standard_method, "memdlm": memory_method}
 
 
 def train_step(model: Transformer, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float) -> bool:
@@ -287,12 +303,12 @@ def generator_for(*key: int | str) -> torch.Generator:
 class Phase(NamedTuple):
     """One training run: everything that decides its result."""
 
-    name: str  # also the checkpoint's file name
-    method: str
+    method: str  # a key of METHODS, and the checkpoint's file name
     seed: int
     steps: int
     lr: float
     warmup: float  # share of the steps, Sec. 4.1: 10%
+    decay: float  # share of the steps at the end over which the rate falls, Sec. 4.1: all but the warm-up
     clip: float
     memory: Memory
     draws: str  # key of the random draws: two phases with the same key see the same noise
@@ -302,47 +318,30 @@ class Phase(NamedTuple):
 
 
 def learning_rate(step: int, phase: Phase) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    warmup = max(1, int(phase.steps * phase.warmup))
+    """Linear warm-up, a plateau if there is room for one, then a cosine to zero."""
+    warmup, decay = max(1, int(phase.steps * phase.warmup)), max(1, int(phase.steps * phase.decay))
     if step < warmup:
         return phase.lr * (step + 1) / warmup
-    return phase.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, phase.steps - warmup)))
-
-
-def optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state under readable names: adam.<parameter>/<exp_avg, exp_avg_sq, step>."""
-    named = [(name, p) for name, p in model.named_parameters() if p in optimizer.state]
-    return {f"adam.{name}/{key}": value for name, p in named for key, value in optimizer.state[p].items()}
-
-
-def restore(model: Transformer, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], device: str) -> None:
-    """The reverse of saving: weights and AdamW's state back in place, bit for bit."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(tensors[f"model.{name}"])
-            state = {key.split("/")[1]: t for key, t in tensors.items() if key.startswith(f"adam.{name}/")}
-            if state:
-                optimizer.state[p] = {key: t if key == "step" else t.to(device) for key, t in state.items()}
+    return phase.lr * 0.5 * (1 + math.cos(math.pi * max(0, step - (phase.steps - decay)) / decay))
 
 
 def train(
     model: Transformer, phase: Phase, folder: Path, resume: bool, save_every: int, device: str, lora: dict | None = None
 ) -> dict:
     """Trains `model` in place, or takes it up where folder/<name>.safetensors stopped. Returns the checkpoint's metadata."""
-    path = folder / f"{phase.name}.safetensors"
+    path = folder / f"{phase.method}.safetensors"
     meta = {"step": 0, "steps": phase.steps, "skipped": 0, "seconds": 0.0, "log": [], "lora": lora}
     meta |= {"identity": phase.identity, "config": asdict(model.config)}
     theta = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(theta, lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    if path.exists() and (resume or phase.method == "pretrain"):
+    if path.exists() and (resume or phase.method == "base"):
         tensors, saved = load_checkpoint(path)
-        same = saved.get("identity") == meta["identity"]
-        if resume and not same:
-            raise UserError(f"--resume: {path} comes from a run with other settings or data.")
-        if same:
+        if saved.get("identity") == meta["identity"]:
             meta = saved
-            restore(model, optimizer, tensors, device)
-    bar = tqdm(range(meta["step"], phase.steps), phase.name, initial=meta["step"], total=phase.steps, mininterval=1, delay=2)
+            restore(model, optimizer, tensors, device, path)
+        elif resume and (saved.get("identity") or {}) | {"data": None} == meta["identity"] | {"data": None}:
+            raise UserError(f"--resume: the data has changed since {path} was saved. Leave --resume out to start again.")
+    bar = tqdm(range(meta["step"], phase.steps), phase.method, initial=meta["step"], total=phase.steps, mininterval=1, delay=2)
     clock = time.monotonic()
     for step in bar:
         if phase.log_at:
@@ -350,60 +349,20 @@ def train(
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, phase)
-        loss = METHODS[phase.method](model, phase.batch_at(step), phase.memory, generator_for(phase.seed, phase.draws, step))
+        generator = generator_for(phase.seed, phase.draws, step)
+        torch.manual_seed(generator.initial_seed())  # for LoRA's dropout alone: all other draws use `generator`
+        loss = METHODS[phase.method](model, phase.batch_at(step), phase.memory, generator)
         meta["skipped"] += not train_step(model, optimizer, loss, phase.clip)
         meta["step"] = step + 1
         bar.set_postfix(loss=f"{loss.item():.3f}", skipped=meta["skipped"], refresh=False)
         if (step + 1) % save_every == 0 and step + 1 < phase.steps:
             meta["seconds"], clock = meta["seconds"] + time.monotonic() - clock, time.monotonic()
-            save_checkpoint(path, state(model) | optimizer_tensors(model, optimizer), meta)
+            save_checkpoint(path, training_state(model, optimizer), meta)
     if meta["step"] == phase.steps and not meta.get("done"):
         meta["log"] += phase.log_at(model, phase.steps) if phase.log_at else []
         meta["seconds"], meta["done"] = meta["seconds"] + time.monotonic() - clock, True
-        save_checkpoint(path, state(model), meta)
+        save_checkpoint(path, training_state(model, None), meta)
     return meta
-
-
-def state(model: Transformer) -> dict[str, Tensor]:
-    return {f"model.{name}": p for name, p in model.state_dict().items()}
-
-
-# ---- losses with and without memory ---------------------------------------------------------------------------------------
-
-T_BINS = 5
-
-
-def stratified_anchor(maskable: Tensor, seed: int) -> Anchor:
-    """An anchor whose t covers (0, 1) evenly, the same at every call: less noise when losses are compared over time."""
-    generator, rows = generator_for(seed, "measure"), len(maskable)
-    t = (torch.randperm(rows, generator=generator) + 0.5) / rows
-    masked = torch.rand(maskable.shape, generator=generator) < t[:, None]
-    return Anchor(t.to(maskable.device), masked.to(maskable.device) & maskable)
-
-
-@torch.no_grad()
-def measure_losses(model: Transformer, train_set: Batch, held_out: Batch, memory: Memory, seed: int) -> dict:
-    """The training loss with and without memory on the same noise, and the held-out loss without.
-
-    The loss *with* memory leaks: the inner loop has seen the very labels that it is then scored on. It is logged to show
-    that, beside the honest one. eval_by_t: held-out NLL per masked token in T_BINS equal bins of t.
-    """
-    model.eval()
-    anchor, generator = stratified_anchor(train_set.maskable, seed), generator_for(seed, "measure memory")
-    pre_masked = draw_pre_anchor(anchor.masked, train_set.maskable, memory.start_scale, generator)
-    fast = init_fast(model, memory, SCOPES[memory.scope](len(train_set.x0)), generator)
-    with_memory, _ = memdlm_loss(model, train_set, anchor, pre_masked, fast, memory)
-    held_anchor = stratified_anchor(held_out.maskable, seed)
-    h = model.embedding(corrupt(held_out.x0, held_anchor.masked))
-    nll = masked_nll(model, model.run(h, 0, model.config.layers, held_out.attention_mask), held_out.x0, held_anchor.masked)
-    bins = (held_anchor.t[held_anchor.masked.nonzero()[:, 0]] * T_BINS).long()
-    by_t = [nll[bins == i].mean().item() if (bins == i).any() else None for i in range(T_BINS)]
-    return {
-        "train_with_memory": with_memory.item(),
-        "train_without_memory": mdlm_loss(model, train_set, anchor).item(),
-        "eval_without_memory": mdlm_loss(model, held_out, held_anchor).item(),
-        "eval_by_t": by_t,
-    }
 
 
 # ---- the --tiny experiment -------------------------------------------------------------------------------------------------
@@ -422,14 +381,12 @@ def fine_tuning_data(args: argparse.Namespace, seed: int) -> tuple[list[data.Exa
         order = np.random.default_rng(42).permutation(len(pairs))
         held = max(1, len(pairs) // 20)
         return [pairs[i] for i in order[held:]] or pairs, [pairs[i] for i in order[:held]]
-    each = args.examples // len(data.TASKS)
-    train_set = [
-        e
-        for task in data.TASKS
-        for e in data.make_examples(task, each, args.length, data.split_seed(seed, "train"), args.noise)
-    ]
-    held_out = [e for task in data.TASKS for e in data.make_examples(task, 16, args.length, data.split_seed(seed, "held out"))]
-    return train_set, held_out
+
+    def draw(split: str, n: int, noise: float) -> list[data.Example]:
+        key = data.split_seed(seed, split)
+        return [pair for task in data.TASKS for pair in data.make_examples(task, n, args.length, key, noise)]
+
+    return draw("train", args.examples // len(data.TASKS), args.noise), draw("held out", 16, 0.0)
 
 
 def pretrain(args: argparse.Namespace, seed: int, folder: Path, device: str) -> tuple[Transformer, dict]:
@@ -441,26 +398,10 @@ def pretrain(args: argparse.Namespace, seed: int, folder: Path, device: str) -> 
         length, questions = (args.length * 2 // 3 if early else args.length), (3 if many else 1)
         return data.pretraining_batch(seed, step, args.pretrain_batch, length, questions, 0.3, device)
 
-    identity = {
-        name: value
-        for name, value in settings(args).items()
-        if name in ("length", "pretrain_steps", "pretrain_batch", "pretrain_lr")
-    }
+    identity = {key: getattr(args, key) for key in ("length", "pretrain_steps", "pretrain_batch", "pretrain_lr")}
     identity |= {"seed": seed, "model": asdict(model.config), "data": data.fingerprint()}
-    phase = Phase(
-        "base",
-        "pretrain",
-        seed,
-        args.pretrain_steps,
-        args.pretrain_lr,
-        0.03,
-        1.0,
-        Memory(),
-        "pretrain",
-        batch_at,
-        None,
-        identity,
-    )
+    steps, lr = args.pretrain_steps, args.pretrain_lr
+    phase = Phase("base", seed, steps, lr, 0.03, 0.3, 1.0, Memory(), "pretrain", batch_at, None, identity)
     if args.bases:
         copy_base(Path(args.bases) / folder.name / "base.safetensors", folder / "base.safetensors", identity)
     return model, train(model, phase, folder, args.resume, args.save_every, device)
@@ -480,8 +421,10 @@ def fine_tune(
     args: argparse.Namespace, base: Transformer, method: str, seed: int, folder: Path, device: str
 ) -> tuple[Transformer, dict]:
     """Standard MDLM or MemDLM from the same base on identical batches with identical anchors."""
+    import eval_niah
+
     train_set, held_out = fine_tuning_data(args, seed)
-    memory, model, lora = memory_settings(settings(args)), copy.deepcopy(base), None
+    model, memory, lora = copy.deepcopy(base), memory_settings(settings(args)), None
     if args.lora_rank:
         lora = {"rank": args.lora_rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
         add_outer_lora(model, **lora, generator=generator_for(seed, "lora"))
@@ -496,12 +439,11 @@ def fine_tune(
     def log_at(model: Transformer, step: int) -> list[dict]:
         if step % max(1, args.steps // 10) and step != args.steps:
             return []
-        return [{"method": method, "step": step, **measure_losses(model, *measured, memory, seed), "seed": seed}]
+        return [{"method": method, "step": step, **eval_niah.measure_losses(model, *measured, memory, seed), "seed": seed}]
 
-    identity = {**settings(args), "seed": seed, "method": method, "data": data.fingerprint()}
-    phase = Phase(
-        method, method, seed, args.steps, args.lr, args.warmup, args.clip, memory, "fine-tune", batch_at, log_at, identity
-    )
+    identity = {**settings(args), "seed": seed, "seeds": 1, "method": method, "data": zlib.crc32(repr(train_set).encode())}
+    steps, draws = (args.steps, args.lr, args.warmup, 1 - args.warmup, args.clip), "fine-tune"
+    phase = Phase(method, seed, *steps, memory, draws, batch_at, log_at, identity)
     return model, train(model, phase, folder, args.resume, args.save_every, device, lora)
 
 
@@ -512,8 +454,8 @@ def run_seed(args: argparse.Namespace, seed: int, device: str) -> dict:
 
     folder = Path(args.out) / f"seed{seed}"
     path = folder / "results.json"
-    if args.resume and path.exists():
-        return read_json(path)
+    if args.resume and path.exists() and (saved := read_json(path)).get("config") == settings(args):
+        return saved
     models, metas = {}, {}
     models["base"], metas["base"] = pretrain(args, seed, folder, device)
     for method in ("mdlm", "memdlm"):
@@ -521,7 +463,8 @@ def run_seed(args: argparse.Namespace, seed: int, device: str) -> dict:
     for model in models.values():
         model.eval()
     clock, write = time.monotonic(), sample.write_settings(settings(args))
-    result = {"niah": eval_niah.score_cells(models, args.tasks, args.lengths, args.samples, seed, write)}
+    result = {"config": settings(args)}
+    result["niah"] = eval_niah.score_cells(models, args.tasks, args.lengths, args.samples, seed, write)
     result["exposure_bias"] = eval_niah.exposure_bias(models, args.tasks, args.length, args.samples, seed, write)
     result["loss"] = [record for method in ("mdlm", "memdlm") for record in metas[method]["log"]]
     result["seconds"] = {name: meta["seconds"] for name, meta in metas.items()} | {"evaluation": time.monotonic() - clock}
@@ -536,6 +479,7 @@ def run_tiny(args: argparse.Namespace, device: str) -> None:
     import sample
 
     out = Path(args.out)
+    fine_tuning_data(args, args.seed)  # a fault in --data shows now, before any work
     start_run(args, out)
     runs = [run_seed(args, seed, device) for seed in range(args.seed, args.seed + args.seeds)]
     results = {"config": settings(args), "machine": eval_niah.machine(device)}
@@ -559,31 +503,28 @@ def read_config(out: Path) -> dict:
     """A run's settings, from its config.json."""
     if not (out / "config.json").exists():
         raise UserError(f"there is no run in {out}: it has no config.json. Train one with python memdlm.py --tiny --out {out}.")
-    return read_json(out / "config.json")
+    config = read_json(out / "config.json")
+    if not isinstance(config, dict) or not {"seed", "seeds", "write", "length"} <= config.keys():
+        raise UserError(f"{out}/config.json was not written by this program; name a folder of a run.")
+    return config
 
 
 def start_run(args: argparse.Namespace, out: Path) -> None:
     """Checks that the folder can be written, and that --resume continues the run that is there."""
-    path = out / "config.json"
     if args.resume:
         saved = read_config(out)
         for name, value in settings(args).items():
             if saved.get(name) != value:
                 flag = name.replace("_", "-")
                 raise UserError(f"--resume: the run in {out} was started with --{flag} {saved.get(name)}, not {value}.")
-        return
-    write_json(path, settings(args))
-    for old in out.glob("seed*/results.json"):  # of an earlier run: a later --resume must not take them for this one's
-        old.unlink()
+    check_writable(out)
+    write_json(out / "config.json", settings(args))
 
 
 def settings(args: argparse.Namespace) -> dict:
     """Every flag that decides the numbers. Where the run lies and how often it saves do not."""
-    return {
-        name: value
-        for name, value in sorted(vars(args).items())
-        if name not in ("out", "resume", "bases", "save_every", "device")
-    }
+    where = ("out", "resume", "bases", "save_every", "device")
+    return {name: value for name, value in sorted(vars(args).items()) if name not in where}
 
 
 # ---- command line -------------------------------------------------------------------------------------------------------
@@ -600,18 +541,18 @@ def build_parser() -> Parser:
     flag("--resume", action="store_true", help="go on with the run in --out")
     flag("--save-every", type=whole(1), default=100, help="steps between checkpoints")
     flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    flag("--seed", type=whole(0), default=0, help="first seed: base, data and noise")
+    flag("--seed", type=whole(0, 2**32 - 1), default=0, help="first seed: base, data and noise")
     flag("--seeds", type=whole(1), default=1, help="how many seeds to run, one after the other")
     # data
     flag("--data", help='JSONL of {"prompt", "response"} that replaces the fine-tuning set')
     flag("--max-length", type=whole(2), default=4096, help="longest pair accepted in --data, in tokens [4096, Sec. 4.1]")
-    flag("--examples", type=whole(4), default=64, help="size of the fine-tuning set, all tasks together")
+    flag("--examples", type=whole(4), default=64, help="size of the fine-tuning set, a multiple of 4: the tasks")
     flag("--noise", type=real(0, 1), default=0.5, help="share of answer words replaced at random in the fine-tuning set")
     flag("--length", type=whole(64, 1024), default=96, help="training length in tokens: 1x")
     flag("--pads", choices=list(data.PADS), default="learn", help="EOS padding: a target like any token, or hidden [learn]")
     # outer loop
-    flag("--pretrain-steps", type=whole(1), default=2000, help="steps of the base's pretraining")
-    flag("--pretrain-batch", type=whole(4), default=64, help="sequences per pretraining step")
+    flag("--pretrain-steps", type=whole(1), default=2400, help="steps of the base's pretraining")
+    flag("--pretrain-batch", type=whole(4), default=64, help="sequences per pretraining step, a multiple of 4")
     flag("--pretrain-lr", type=real(0), default=4e-3, help="peak learning rate of the pretraining")
     flag("--steps", type=whole(1), default=300, help="fine-tuning steps [5 epochs, Sec. 4.1]")
     flag("--batch", type=whole(1), default=16, help="pairs per fine-tuning step [2, Sec. 4.1]")
@@ -625,33 +566,16 @@ def build_parser() -> Parser:
     flag("--memory-rank", type=whole(1), default=8, help="rank of the fast weights [32, Sec. 4.1]")
     flag("--memory-alpha", type=real(0), default=16.0, help="alpha of the fast weights [64, Sec. 4.1]")
     flag("--memory-lr", type=real(0), default=1.0, help="step size of the inner loop [0.1, Sec. 4.1]")
-    flag(
-        "--memory-clip", type=real(-math.inf), default=1.0, help="clips each fast tensor's gradient, <= 0 = off [1.0, Sec. 4.1]"
-    )
-    flag(
-        "--memory-fraction",
-        type=real(0.01, 1),
-        default=0.1,
-        help="share of the layers, from the last, that have fast weights [0.1, Sec. 4.1]",
-    )
-    flag(
-        "--memory-scope",
-        choices=("sample", "batch"),
-        default="sample",
-        help="one set of fast weights per sample or per batch [batch]",
-    )
+    flag("--memory-clip", type=real(-math.inf), default=1.0, help="clips each fast tensor's gradient, 0: off [1.0, Sec. 4.1]")
+    flag("--memory-fraction", type=real(0.01, 1), default=0.5, help="last share of layers with fast weights [0.1, Sec. 4.1]")
+    flag("--memory-scope", choices=list(SCOPES), default="sample", help="one set of fast weights per sample or batch [batch]")
     flag("--start-scale", type=real(1), default=1.5, help="s: how much further the pre-anchor is masked [1.5, Sec. 4.1]")
     # memory at inference
     flag("--write", choices=list(sample.WRITE_RULES), default="surprise", help="how a prompt is written [paper, Sec. 4.5]")
-    flag("--write-lr", type=real(0), default=1.0, help="step size of that [0.1, Sec. 4.5]")
+    flag("--write-lr", type=real(0), default=0.5, help="step size of that [0.1, Sec. 4.5]")
     flag("--write-rank", type=whole(1), default=32, help="rank of its fast weights [32, Sec. 4.1]")
-    flag("--write-passes", type=whole(1), default=4, help="how often its stages are gone through [1, Sec. 4.5]")
-    flag(
-        "--anchor-ratio",
-        type=real(0.01, 1),
-        default=0.2,
-        help="share of the prompt that the paper's rule masks [0.2, Sec. 4.5]",
-    )
+    flag("--write-passes", type=whole(1), default=8, help="how often its stages are gone through [1, Sec. 4.5]")
+    flag("--anchor-ratio", type=real(0.01, 1), default=0.2, help="share of the prompt masked by 'paper' [0.2, Sec. 4.5]")
     # evaluation
     flag("--tasks", nargs="+", choices=list(data.TASKS), default=list(data.TASKS), help="tasks to evaluate")
     flag("--lengths", nargs="+", type=whole(64, 8192), help="lengths to evaluate (default: 1x, 2x and 4x --length)")

@@ -78,11 +78,10 @@ class Fast(NamedTuple):
 class Linear(nn.Linear):
     """W x, plus the outer LoRA if there is one, plus the fast weights if they are passed in. No bias unless asked."""
 
-    lora_A: nn.Parameter | None = None
-    lora_B: nn.Parameter | None = None
-
     def __init__(self, inputs: int, outputs: int, bias: bool = False):
         super().__init__(inputs, outputs, bias=bias)
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
 
     def add_lora(self, rank: int, alpha: float, dropout: float, generator: torch.Generator | None = None) -> None:
         """Outer LoRA, trainable (Sec. 4.1: r = 32, alpha = 64, dropout 0.05). B = 0: the model is unchanged at first."""
@@ -99,7 +98,7 @@ class Linear(nn.Linear):
         if fast is not None and name in fast.weights:
             A, B = fast.weights[name]  # (N, r, in), (N, out, r)
             rows = x.reshape(len(A), -1, x.shape[-1])  # (N, rows / N * T, in): each set meets its own rows
-            y = y + fast.scale * (rows @ A.mT @ B.mT).view_as(y)
+            y = torch.baddbmm(y.reshape(len(A), -1, y.shape[-1]), rows @ A.mT, B.mT, alpha=fast.scale).view_as(y)
         return y
 
 
@@ -196,7 +195,10 @@ class SwiGLU(nn.Module):
 
 
 class Layer(nn.Module):
-    """h += attention(norm(h)); h += mlp(norm(h)), with the Canon convolution in front where the config has it."""
+    """Two residual halves: `mix` moves information between positions, `feed` works on each position alone.
+
+    h += canon(norm(h)), where the config has it; h += attention(norm(h)); then h += mlp(norm(h)).
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -204,10 +206,12 @@ class Layer(nn.Module):
         self.attention_norm, self.attention = RMSNorm(config.hidden, config.norm_eps), Attention(config)
         self.mlp_norm, self.mlp = RMSNorm(config.hidden, config.norm_eps), SwiGLU(config)
 
-    def forward(self, h: Tensor, rotary, attention_mask, bias, fast: Fast | None, name: str) -> Tensor:
+    def mix(self, h: Tensor, rotary: tuple[Tensor, Tensor], attention_mask: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.canon is not None:
             h = self.canon(h, attention_mask)
-        h = h + self.attention(self.attention_norm(h), rotary, bias)
+        return h + self.attention(self.attention_norm(h), rotary, bias)
+
+    def feed(self, h: Tensor, fast: Fast | None, name: str) -> Tensor:
         return h + self.mlp(self.mlp_norm(h), fast, f"{name}.mlp")
 
 
@@ -215,8 +219,8 @@ class Transformer(nn.Module):
     """ids (B, T) -> logits (B, T, V) for every position at once.
 
     `forward` is embed -> layers -> head. Training cuts it into these three, because the fast weights touch the last
-    layers only: the prefix h = run(embed(ids), 0, cut) of one x_t serves several suffixes run(h, cut, layers), and the
-    head is applied to the masked rows alone.
+    feed-forward networks only: the prefix h = run(embed(ids), 0, cut) of one x_t serves several suffixes
+    run(h, cut, layers), and the head is applied to the masked rows alone.
     """
 
     def __init__(self, config: Config):
@@ -232,13 +236,18 @@ class Transformer(nn.Module):
         h = self.run(self.embedding(ids), 0, self.config.layers, attention_mask, fast)
         return self.head(h)
 
-    def run(self, h: Tensor, start: int, stop: int, attention_mask: Tensor | None = None, fast: Fast | None = None) -> Tensor:
-        """Layers start .. stop - 1 on h (B, T, D)."""
+    def run(
+        self, h: Tensor, start: float, stop: float, attention_mask: Tensor | None = None, fast: Fast | None = None
+    ) -> Tensor:
+        """The stack from `start` to `stop`, counted in layers, on h (B, T, D). i + 0.5 is between layer i's two halves."""
         config = self.config
         rotary = rotary_angles(h.shape[1], int(config.head_dim * config.rotary_fraction), config.rope_base, h)
         bias = attention_bias(attention_mask, h.dtype)
-        for i in range(start, stop):
-            h = self.layers[i](h, rotary, attention_mask, bias, fast, f"layers.{i}")
+        for i, layer in enumerate(self.layers):
+            if start <= i < stop:
+                h = layer.mix(h, rotary, attention_mask, bias)
+            if start <= i + 0.5 < stop:
+                h = layer.feed(h, fast, f"layers.{i}")
         return h
 
     def head(self, h: Tensor) -> Tensor:
@@ -324,15 +333,46 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
 def load_model(path: Path, device: str = "cpu") -> tuple[Transformer, dict]:
     """The model of a checkpoint, in eval mode, and the checkpoint's metadata."""
     tensors, meta = load_checkpoint(path)
-    weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    if not meta.get("done"):
+        raise UserError(f"{path} is not finished: its training was stopped. Go on with it by --resume.")
     try:
         model = Transformer(Config(**meta["config"]))
-        if meta.get("lora"):
-            add_outer_lora(model, **meta["lora"], generator=torch.Generator())
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"{path} does not fit this version's model: {str(error).splitlines()[-1].strip()}") from None
+    except TypeError:
+        raise UserError(f"{path} holds a model of another version of this program.") from None
+    if meta.get("lora"):
+        add_outer_lora(model, **meta["lora"], generator=torch.Generator())
+    load_weights(model, tensors, path)
     return model.to(device).eval(), meta
+
+
+def load_weights(model: Transformer, tensors: dict[str, Tensor], path: Path) -> None:
+    """A checkpoint's model.* tensors into the model: each parameter set, each tensor used, or an error with `path`."""
+    try:
+        model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
+
+
+def training_state(model: Transformer, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """Tensors of a checkpoint: model.<parameter> and, while training, adam.<parameter>/<exp_avg, exp_avg_sq, step>."""
+    tensors = {f"model.{name}": p for name, p in model.state_dict().items()}
+    named = [(name, p) for name, p in model.named_parameters() if optimizer and p in optimizer.state]
+    return tensors | {f"adam.{name}/{key}": value for name, p in named for key, value in optimizer.state[p].items()}
+
+
+def restore(model: Transformer, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], device: str, path: Path) -> None:
+    """The reverse of saving: weights and AdamW's state back in place, bit for bit."""
+    load_weights(model, tensors, path)
+    for name, p in model.named_parameters():
+        state = {key.split("/")[1]: t for key, t in tensors.items() if key.startswith(f"adam.{name}/")}
+        if state:
+            optimizer.state[p] = {key: t if key == "step" else t.to(device) for key, t in state.items()}
+
+
+def check_writable(folder: Path) -> None:
+    """Finds out before the work, not after it, that a folder cannot be written."""
+    write_text(folder / "probe", "")
+    (folder / "probe").unlink()
 
 
 def write_text(path: Path, text: str) -> None:

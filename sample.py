@@ -36,12 +36,12 @@ from memdlm import (
     Memory,
     corrupt,
     draw_pre_anchor,
-    first_adapted_layer,
     generator_for,
     init_fast,
     inner_loop,
     masked_nll,
     memory_settings,
+    memory_start,
     read_config,
 )
 from model import Fast, Transformer, UserError, load_model
@@ -71,7 +71,7 @@ def guided_logits(
 
 def choose_tokens(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """A token for each row of logits (M, V) and the model's probability of it: the confidence. [MASK] is never chosen."""
-    logits[:, data.MASK] = -torch.inf
+    logits = logits.index_fill(1, torch.tensor([data.MASK], device=logits.device), -torch.inf)
     probabilities = logits.softmax(-1)
     if temperature > 0:  # Gumbel-max in float64: in float32 the noise is truncated and sampling is colder than asked
         uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
@@ -115,19 +115,21 @@ def generate(
     threshold: commit everything this probable at once; the answer may then take fewer passes than `steps`.
     attention_mask (B, P + length): 0 hides padding. watch: called with the canvas before the first and after each pass.
     """
-    steps, block_length = steps or length, block_length or length
-    blocks = range(0, length, block_length)
-    if steps < len(blocks):
-        raise UserError(f"{length} tokens in blocks of {block_length} are {len(blocks)} blocks: --steps must be at least that.")
+    block_length = block_length or length
+    sizes = [min(block_length, length - start) for start in range(0, length, block_length)]
+    if steps is not None and steps < len(sizes):
+        raise UserError(f"{length} tokens in blocks of {block_length} are {len(sizes)} blocks: --steps must be at least that.")
+    shares = sizes if steps is None else commit_schedule(steps, len(sizes))  # forward passes for each block
     canvas = F.pad(prompts, (0, length), value=data.MASK)  # (B, P + R)
     given = torch.zeros_like(canvas, dtype=torch.bool)
     given[:, : prompts.shape[1]] = True
     if watch:
         watch(canvas)
-    for start, share in zip(blocks, commit_schedule(steps, len(blocks))):
+    end = prompts.shape[1]
+    for size, share in zip(sizes, shares):
         block = torch.zeros_like(given)
-        block[:, prompts.shape[1] + start : prompts.shape[1] + min(start + block_length, length)] = True
-        size = int(block[0].sum())
+        block[:, end : end + size] = True
+        end += size
         for quota in commit_schedule(size, min(share, size)):
             open_ = (canvas == data.MASK) & block
             if not open_.any():
@@ -153,7 +155,7 @@ class Write(NamedTuple):
     passes: int = 1  # the stages are gone through this often
     anchor_ratio: float = 0.2  # of the paper's rule
     window: int = 96  # of our rule: the training length
-    share: float = 0.3  # of our rule: how much of the prompt is worth writing
+    share: float = 0.3  # of our rule: how much of the windows is worth writing
 
 
 def paper_rule(model: Transformer, prompts: Tensor, write: Write, generators: list) -> tuple[Tensor, list[Tensor]]:
@@ -170,7 +172,7 @@ def surprise_rule(model: Transformer, prompts: Tensor, write: Write, generators:
     """Ours, not the paper's: write what the model could not have guessed, in windows as long as it was trained on.
 
     The prompt is cut into windows; each token is scored under one of four complementary masks; the most surprising share
-    is written, in two complementary halves, so that no two stages mask the same token.
+    is written, in two complementary halves.
     """
     windows = cut_windows(prompts, write.window)  # (B * n, W)
     surprise = token_surprise(model, windows).view(len(prompts), -1)  # (B, n * W)
@@ -215,15 +217,15 @@ def write_settings(config: dict) -> Write:
 def write_prompt(model: Transformer, prompts: Tensor, write: Write, seed: int, first_row: int = 0) -> Fast:
     """phi_2 for prompts (B, P): one set of fast weights per prompt, made from nothing but the prompt.
 
-    Row i's random draws depend on (seed, first_row + i) alone, so that the batch size changes no result. The model is in
-    eval mode, and the loss weights are 1 instead of 1/t (Sec. 4.5).
+    Row i's random draws depend on (seed, first_row + i) alone, so that the batch size changes no result. The caller
+    puts the model in eval mode (no LoRA dropout). Loss weights are 1 instead of 1/t (Sec. 4.5).
     """
     memory, generators = write.memory, [generator_for(seed, "write", first_row + i) for i in range(len(prompts))]
     sets = [init_fast(model, memory, 1, generator) for generator in generators]
     joined = {name: tuple(torch.cat([s.weights[name][i] for s in sets]) for i in (0, 1)) for name in sets[0].weights}
     rows, stages = WRITE_RULES[write.rule](model, prompts, write, generators)
     batch = data.Batch(rows, torch.ones_like(rows, dtype=torch.bool), None)
-    cut = first_adapted_layer(model.config.layers, memory.fraction)
+    cut = memory_start(model, memory)
     states = [(masked, model.run(model.embedding(corrupt(rows, masked)), 0, cut)) for masked in stages]
     return inner_loop(model, batch, states * write.passes, Fast(joined, sets[0].scale), memory, weighted=False)[0]
 
