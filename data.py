@@ -11,7 +11,7 @@ Every example is a haystack of sentences, a question about a few of them (the ne
 
 Between the needles stands a filler that repeats three sentences, as RULER's "noise" haystack does: a longer example is the
 same problem with more filler. That the filler is *predictable* matters when a prompt is written into the weights
-(Sec. 4.5): on random filler the writing would be noise (README, "what did not hold").
+(Sec. 4.5): on random filler there would be nothing but noise to write.
 
 Reading list: RULER, Hsieh et al. 2024, arXiv 2404.06654; bAbI, Weston et al. 2015, arXiv 1502.05698; tiktoken's README.
 
@@ -26,6 +26,7 @@ Glossary
 import argparse
 import json
 import math
+import os
 import re
 import sys
 import zlib
@@ -67,6 +68,11 @@ def build_tokenizer() -> tiktoken.Encoding:
     special = {"<|endoftext|>": len(ranks), "<|mask|>": len(ranks) + 1}
     pattern = r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]|\s"
     return tiktoken.Encoding("memdlm-tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def encode_text(text: str) -> list[int]:
+    """A user's text as ordinary tokens. It gets a leading space if it has none: " river" is one token, "river" five bytes."""
+    return TOKENIZER.encode_ordinary(text if text.startswith((" ", "\n")) or not text else " " + text)
 
 
 TOKENIZER = build_tokenizer()
@@ -241,7 +247,7 @@ class Batch(NamedTuple):
 
 
 def split_seed(seed: int, split: str) -> int:
-    """Seeds of "train", "held out" and "test" examples that cannot coincide, whatever the run's seed."""
+    """Seeds of "train", "held out" and "test" examples that do not coincide in practice, whatever the run's seed."""
     return int(np.random.SeedSequence([seed, zlib.crc32(split.encode())]).generate_state(1)[0])
 
 
@@ -251,7 +257,7 @@ def fingerprint() -> int:
 
 
 def make_examples(task: str, n: int, length: int, seed: int, noise: float = 0.0) -> list[Example]:
-    """n examples of one task, at most `length` tokens each, the same ones for the same seed. References are never noisy."""
+    """n examples of one task, at most `length` tokens each, the same for the same seed and n. References are clean."""
     rng = np.random.default_rng([seed, length, list(TASKS).index(task)])
     ids, is_answer = make_arrays(task, n, length, rng)
     prompts, clean = ids[:, ~is_answer], ids[:, is_answer]
@@ -299,8 +305,8 @@ def collate(examples: list[Example], device: str = "cpu", pads: str = "learn") -
 def pretraining_batch(seed: int, step: int, rows: int, length: int, questions: int, whole: float, device: str = "cpu") -> Batch:
     """A fresh batch of all four tasks. With probability `whole` every token is maskable, not the answers alone.
 
-    Predicting the haystack too is what a real pretrained denoiser has done; without it the prompt cannot be written into
-    the weights at inference (predictions at its positions would be untrained).
+    Predicting the haystack too is what a real pretrained denoiser has done; without it the predictions at a prompt's
+    positions would be untrained, and so would be what is written from them.
     """
     rng = np.random.default_rng([seed, step])
     drawn = [make_arrays(task, rows // len(TASKS), length, rng, questions) for task in TASKS]
@@ -322,8 +328,7 @@ def encode_pair(record: object, where: str, max_length: int) -> Example:
         raise UserError(f'{where}: each line must be {{"prompt": "...", "response": "..."}} with two strings.')
     if not record["response"].strip():
         raise UserError(f"{where}: the response is empty; there would be nothing to learn.")
-    prompt = TOKENIZER.encode_ordinary(record["prompt"])
-    response = TOKENIZER.encode_ordinary(record["response"]) + [EOS]
+    prompt, response = encode_text(record["prompt"]), [*encode_text(record["response"]), EOS]
     if len(prompt) + len(response) > max_length:
         raise UserError(f"{where}: {len(prompt)} + {len(response)} tokens exceed --max-length {max_length}; shorten it.")
     return Example(prompt, response)
@@ -332,7 +337,7 @@ def encode_pair(record: object, where: str, max_length: int) -> Example:
 def read_jsonl(path: str | Path, max_length: int) -> list[Example]:
     """All pairs of a JSONL file, read and checked in full before any work begins. Empty lines are passed over."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --data {path}: {error}.") from None
     examples = []
@@ -351,7 +356,7 @@ def read_jsonl(path: str | Path, max_length: int) -> list[Example]:
 # ---- command lines: shared by the three programs ---------------------------------------------------------------------------
 
 
-def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+def whole(low: int, high: int | None = None, multiple: int = 1) -> Callable[[str], int]:
     """argparse type: a whole number in a range."""
 
     def parse(text: str) -> int:
@@ -360,6 +365,8 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(
                 f"{text} is not a whole number of at least {low}" + (f" and at most {high}" if high else "")
             )
+        if value % multiple:
+            raise argparse.ArgumentTypeError(f"{text} is not a multiple of {multiple}")
         return value
 
     return parse
@@ -398,8 +405,10 @@ def guarded(run: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; what was saved is kept, and --resume goes on from there.", file=sys.stderr)
+        print("interrupted; what was saved is kept (memdlm.py --resume goes on from there).", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def pick_device(name: str) -> str:

@@ -18,6 +18,9 @@ Glossary
   L_seq        | sequential       | the same on the model's own states, Eq. 4
   R_EB         | ratio            | sequential / (static without memory)
   mask ratio   | mask_ratio       | share of the answer that is still masked, from 1 towards 0
+  -            | response         | (B, T) bool: the answer's positions
+  -            | order            | (B, T) random numbers that rank the positions: the shared static masks
+  -            | counts           | (steps + 1,) how many positions are masked at each step of the walk
 """
 
 import argparse
@@ -76,7 +79,7 @@ def t_interval(values: list[float]) -> tuple[float, float]:
     """Mean and half-width of the 95% t-interval over independent seeds; the half-width is infinite for a single one."""
     if len(values) < 2:
         return float(np.mean(values)), math.inf
-    quantile = T_QUANTILE[len(values) - 2] if len(values) - 2 < len(T_QUANTILE) else 1.96
+    quantile = T_QUANTILE[min(len(values) - 2, len(T_QUANTILE) - 1)]  # beyond the table: a little too wide
     return float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
@@ -221,7 +224,8 @@ def measure_losses(model: Transformer, train_set: Batch, held_out: Batch, memory
     """The training loss with and without memory on the same noise, and the held-out loss without.
 
     The loss *with* memory leaks: the inner loop has seen the very labels that it is then scored on. It is logged to show
-    that, beside the honest one. eval_by_t: held-out NLL per masked token in T_BINS equal bins of t.
+    that, beside the honest one. With scope "batch" all the measured rows
+    share one set. eval_by_t: held-out NLL per masked token in T_BINS equal bins of t.
     """
     model.eval()
     anchor, generator = stratified_anchor(train_set.maskable, seed), generator_for(seed, "measure memory")
@@ -261,7 +265,7 @@ def paired_difference(first: dict, method: str, second: dict, baseline: str) -> 
     """`method` of the results `first` minus `baseline` of `second`, score averaged over tasks, paired by seed, per length."""
     seeds = [seed for seed in distinct(first["niah"], "seed") if seed in distinct(second["niah"], "seed")]
     records = []
-    for length in distinct(first["niah"], "length"):
+    for length in [n for n in distinct(first["niah"], "length") if n in distinct(second["niah"], "length")]:
         gains = [mean_over_tasks(first, method, length, s) - mean_over_tasks(second, baseline, length, s) for s in seeds]
         mean, half = t_interval(gains)
         ci95 = [mean - half, mean + half] if math.isfinite(half) else None
@@ -278,11 +282,15 @@ def compare(specifications: list[str]) -> str:
             raise UserError(f"--compare takes RUN:method with a method of {', '.join(ROWS)}, not {text}.")
         sides.append((read_json(Path(folder) / "results.json"), method))
     (first, method), (second, baseline) = sides
+    if not {r["seed"] for r in first["niah"]} & {r["seed"] for r in second["niah"]}:
+        raise UserError("--compare: the two runs have no seed in common.")
     records = paired_difference(first, method, second, baseline)
     rows = [[f"{specifications[0]} minus {specifications[1]}", *(difference_text(record) for record in records)]]
     learnt = []
     for (results, name), text in zip(sides, specifications):
-        last = max(record["step"] for record in results["loss"])
+        last = max((record["step"] for record in results.get("loss", [])), default=None)
+        if last is None or name == "base":
+            continue  # results of eval_niah.py, or a row without fine-tuning
         final = [r for r in results["loss"] if (r["method"], r["step"]) == (ROWS[name][1], last)]
         learnt.append([text, interval_text([record["train_without_memory"] for record in final])])
     header = ["difference, mean over tasks", *(record["length"] for record in records)]
@@ -345,7 +353,7 @@ def exposure_table(results: dict) -> str:
                     by_seed.setdefault(record["seed"], []).append(record[key])
             cells.append(interval_text([float(as_floats(values).mean()) for values in by_seed.values()]))
         rows.append([ROWS[method][0], *cells])
-    return markdown(["exposure bias", "L_static", "L_seq", "R_EB"], rows)
+    return markdown(["exposure bias", "L_static", "L_seq", "R_EB = L_seq / L_static without memory"], rows)
 
 
 def loss_table(results: dict) -> str:
@@ -363,7 +371,7 @@ def report(results: dict) -> str:
     seeds, n = distinct(results["niah"], "seed"), results["niah"][0]["n"]
     where = results["machine"]
     where = f"{where['device']}, {where['dtype']}, torch {where['torch']}, {where['threads']} threads"
-    title = f"Seeds {seeds}, {n} examples a cell, {where}."
+    title = f"Seeds {seeds}, {n} examples a cell, {where}. Memory at inference: rule '{results['config']['write']}'."
     tables = [score_table(results), difference_table(results)]
     tables += [exposure_table(results)] if results.get("exposure_bias") else []
     tables += [loss_table(results)] if results.get("loss") else []
@@ -517,8 +525,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("say which run to score and where to write: --run DIR --out DIR.")
     folder, out, device = Path(args.run), Path(args.out), pick_device(args.device)
     config = read_config(folder) | {key: value for key, value in vars(args).items() if value is not None}
-    if out.resolve() == folder.resolve():
-        raise UserError("--out is the run's own folder, whose results.json would be lost: name another one.")
+    if (out / "config.json").exists():
+        raise UserError(f"--out {out} is a run, whose results.json would be lost: name another folder.")
     seeds = range(config["seed"], config["seed"] + config["seeds"])
     models = {
         (seed, name): load_model(folder / f"seed{seed}" / f"{name}.safetensors", device)[0]

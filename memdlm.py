@@ -3,8 +3,7 @@ memdlm.py: the method. Corrupt, write the memory (inner loop), learn from what i
 
     python memdlm.py --tiny            trains and compares Standard MDLM and MemDLM on a laptop
 
-Read from the top down to `train_step`: that is the whole of MemDLM. Below it are the training loop with its checkpoints,
-the `--tiny` experiment and the command line.
+Read down to `train_step`: that is the whole method. Below are the training loop, the `--tiny` experiment, the command line.
 
 Reading list
   MemDLM   Pei et al. 2026, arXiv 2603.22241: Sec. 2.1 (masked diffusion), Sec. 3 (the two loops), Sec. 4.1 (settings)
@@ -25,7 +24,9 @@ Glossary
   eta        | memory.lr              | float, the inner loop's step size
   K          | len(states)            | 2: pre-anchor, anchor
   w(t)       | 1 / (t + 1e-6)         | (B,) loss weight
-  N          | -                      | number of sets of fast weights: B (scope "sample") or 1 (scope "batch")
+  N          | sets                   | number of sets of fast weights: B (scope "sample") or 1 (scope "batch")
+  -          | states                 | per stage: its mask, and the prefix's output h (B, T, D) on that input
+  -          | cut, prefix            | the layers before `cut` do not depend on phi; M masked positions, V vocabulary, D hidden
 
 Who is updated by what
   weights           | updated by            | loss                         | when reset                 | saved
@@ -89,9 +90,9 @@ def draw_anchor(maskable: Tensor, generator: torch.Generator, eps: float = 1e-3)
     return Anchor(t.to(maskable.device), masked.to(maskable.device) & maskable)
 
 
-def corrupt(x0: Tensor, masked: Tensor, mask_id: int = data.MASK) -> Tensor:
+def corrupt(x0: Tensor, masked: Tensor) -> Tensor:
     """x_t: the clean tokens x0 (B, T) with [MASK] wherever masked (B, T) says so."""
-    return torch.where(masked, mask_id, x0)
+    return torch.where(masked, data.MASK, x0)
 
 
 def masked_nll(model: Transformer, h: Tensor, x0: Tensor, masked: Tensor) -> Tensor:
@@ -148,10 +149,7 @@ def first_adapted_layer(layers: int, fraction: float) -> int:
 
 
 def memory_start(model: Transformer, memory: Memory) -> float:
-    """Where phi begins to matter, in layers: behind the attention of the first adapted layer, hence the half.
-
-    Everything before is the *prefix*, the same for any phi.
-    """
+    """Where phi begins to matter: behind the first adapted layer's attention, hence the half. Before it lies the *prefix*."""
     return first_adapted_layer(model.config.layers, memory.fraction) + 0.5
 
 
@@ -177,7 +175,8 @@ def pre_anchor_count(masked: int, maskable: int, start_scale: float) -> int:
 def draw_pre_anchor(masked: Tensor, maskable: Tensor, start_scale: float, generator: torch.Generator) -> Tensor:
     """x_tpre's mask (B, T): the anchor's masked tokens and as many further maskable ones as `pre_anchor_count` says."""
     chance = torch.rand(masked.shape, generator=generator).to(masked.device)
-    order = (chance + 2.0 * masked - 2.0 * ~maskable).argsort(dim=1, descending=True)  # masked, then maskable, then never
+    # Three bands: 2 to 3 is masked already, 0 to 1 is maskable, -2 to -1 is never masked.
+    order = (chance + 2.0 * masked - 2.0 * ~maskable).argsort(dim=1, descending=True)
     pairs = zip(masked.sum(1).tolist(), maskable.sum(1).tolist())
     count = torch.tensor([pre_anchor_count(k, n, start_scale) for k, n in pairs], device=masked.device)
     first = torch.arange(masked.shape[1], device=masked.device) < count[:, None]
@@ -269,7 +268,7 @@ def memory_method(model: Transformer, batch: Batch, memory: Memory, generator: t
 
 
 def pretraining_method(model: Transformer, batch: Batch, memory: Memory, generator: torch.Generator) -> Tensor:
-    """Mean NLL over masked tokens: the same optimum as Eq. 2 with less variance, hence a denser signal from scratch."""
+    """Mean NLL over masked tokens: Eq. 2 without the weight, less noisy, hence a denser signal from scratch."""
     masked = draw_anchor(batch.maskable, generator).masked
     h = model.run(model.embedding(corrupt(batch.x0, masked)), 0, model.config.layers, batch.attention_mask)
     return masked_nll(model, h, batch.x0, masked).sum() / masked.sum().clamp(min=1)
@@ -313,7 +312,7 @@ class Phase(NamedTuple):
     memory: Memory
     draws: str  # key of the random draws: two phases with the same key see the same noise
     batch_at: Callable[[int], Batch]
-    log_at: Callable[[Transformer, int], dict] | None
+    log_at: Callable[[Transformer, int], list[dict]] | None
     identity: dict  # what a checkpoint must match to be continued or reused
 
 
@@ -333,12 +332,13 @@ def train(
     meta = {"step": 0, "steps": phase.steps, "skipped": 0, "seconds": 0.0, "log": [], "lora": lora}
     meta |= {"identity": phase.identity, "config": asdict(model.config)}
     theta = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(theta, lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(theta, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     if path.exists() and (resume or phase.method == "base"):
         tensors, saved = load_checkpoint(path)
         if saved.get("identity") == meta["identity"]:
             meta = saved
             restore(model, optimizer, tensors, device, path)
+            print(f"{phase.method}: taken up from {path} at step {meta['step']} of {phase.steps}")
         elif resume and (saved.get("identity") or {}) | {"data": None} == meta["identity"] | {"data": None}:
             raise UserError(f"--resume: the data has changed since {path} was saved. Leave --resume out to start again.")
     bar = tqdm(range(meta["step"], phase.steps), phase.method, initial=meta["step"], total=phase.steps, mininterval=1, delay=2)
@@ -428,7 +428,6 @@ def fine_tune(
     if args.lora_rank:
         lora = {"rank": args.lora_rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
         add_outer_lora(model, **lora, generator=generator_for(seed, "lora"))
-        model.to(device)
 
     def batch_at(step: int) -> Batch:
         rows = np.random.default_rng([seed, step]).choice(len(train_set), min(args.batch, len(train_set)), replace=False)
@@ -441,7 +440,7 @@ def fine_tune(
             return []
         return [{"method": method, "step": step, **eval_niah.measure_losses(model, *measured, memory, seed), "seed": seed}]
 
-    identity = {**settings(args), "seed": seed, "seeds": 1, "method": method, "data": zlib.crc32(repr(train_set).encode())}
+    identity = {**settings(args), "seed": seed, "method": method, "data": zlib.crc32(repr(train_set).encode())}
     steps, draws = (args.steps, args.lr, args.warmup, 1 - args.warmup, args.clip), "fine-tune"
     phase = Phase(method, seed, *steps, memory, draws, batch_at, log_at, identity)
     return model, train(model, phase, folder, args.resume, args.save_every, device, lora)
@@ -489,14 +488,14 @@ def run_tiny(args: argparse.Namespace, device: str) -> None:
     write_json(out / "results.json", results)
     eval_niah.draw_pictures(results, out)
     base, _ = load_model(out / f"seed{args.seed}" / "base.safetensors", device)
-    example = data.make_examples(args.tasks[0], 1, args.length, data.split_seed(args.seed, "test"))[0]
+    example = data.make_examples(args.tasks[0], args.samples, args.length, data.split_seed(args.seed, "test"))[0]
     view = sample.denoising_view(base, example)
     write_text(out / "denoising.txt", view)
     skipped = {name: sum(run["skipped_updates"][name] for run in runs) for name in runs[0]["skipped_updates"]}
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in results["seconds"].items())
     print(eval_niah.report(results), "\nThe base model denoises test example 0:\n", view, sep="\n")
-    peak = f"Peak memory {results['peak_memory_gib']:.2f} GiB"
-    print(f"Time: {seconds}. {peak}. Updates skipped as not finite: {skipped}. Written to {out}/.")
+    print(f"\nTime: {seconds}. Peak memory {results['peak_memory_gib']:.2f} GiB.")
+    print(f"Outer updates skipped as not finite: {skipped}. Written to {out}/.")
 
 
 def read_config(out: Path) -> dict:
@@ -504,7 +503,7 @@ def read_config(out: Path) -> dict:
     if not (out / "config.json").exists():
         raise UserError(f"there is no run in {out}: it has no config.json. Train one with python memdlm.py --tiny --out {out}.")
     config = read_json(out / "config.json")
-    if not isinstance(config, dict) or not {"seed", "seeds", "write", "length"} <= config.keys():
+    if not isinstance(config, dict) or not settings(build_parser().parse_args([])).keys() <= config.keys():
         raise UserError(f"{out}/config.json was not written by this program; name a folder of a run.")
     return config
 
@@ -546,13 +545,13 @@ def build_parser() -> Parser:
     # data
     flag("--data", help='JSONL of {"prompt", "response"} that replaces the fine-tuning set')
     flag("--max-length", type=whole(2), default=4096, help="longest pair accepted in --data, in tokens [4096, Sec. 4.1]")
-    flag("--examples", type=whole(4), default=64, help="size of the fine-tuning set, a multiple of 4: the tasks")
+    flag("--examples", type=whole(4, multiple=4), default=64, help="size of the fine-tuning set")
     flag("--noise", type=real(0, 1), default=0.5, help="share of answer words replaced at random in the fine-tuning set")
     flag("--length", type=whole(64, 1024), default=96, help="training length in tokens: 1x")
     flag("--pads", choices=list(data.PADS), default="learn", help="EOS padding: a target like any token, or hidden [learn]")
     # outer loop
     flag("--pretrain-steps", type=whole(1), default=2400, help="steps of the base's pretraining")
-    flag("--pretrain-batch", type=whole(4), default=64, help="sequences per pretraining step, a multiple of 4")
+    flag("--pretrain-batch", type=whole(4, multiple=4), default=64, help="sequences per pretraining step")
     flag("--pretrain-lr", type=real(0), default=4e-3, help="peak learning rate of the pretraining")
     flag("--steps", type=whole(1), default=300, help="fine-tuning steps [5 epochs, Sec. 4.1]")
     flag("--batch", type=whole(1), default=16, help="pairs per fine-tuning step [2, Sec. 4.1]")
@@ -586,9 +585,10 @@ def build_parser() -> Parser:
 def main(arguments: list[str] | None = None) -> None:
     def run() -> None:
         args = build_parser().parse_args(arguments)
-        args.lengths = args.lengths or [args.length, 2 * args.length, 4 * args.length]
         if not args.tiny:
             raise UserError("say what to run: python memdlm.py --tiny.")
+        args.tasks = list(dict.fromkeys(args.tasks))
+        args.lengths = args.lengths or [args.length, 2 * args.length, 4 * args.length]
         run_tiny(args, pick_device(args.device))
 
     guarded(run)

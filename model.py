@@ -18,7 +18,7 @@ Glossary
   theta      | model.parameters()   | all weights, or the outer LoRA alone on a frozen backbone
   phi        | fast                 | Fast: per adapted matrix A (N, r, in), B (N, out, r), N sets
   alpha / r  | scale, fast.scale    | float, factor of B A x
-  -          | h                    | (B, T, D) hidden states;  D hidden size, H heads, K key/value heads, E = head_dim
+  -          | h                    | (B, T, D) hidden states; V vocabulary, D hidden, H heads, K key/value heads, E head_dim
   -          | attention_mask       | (B, T) 1 = real token, 0 = padding; or (B, 1, T, T) float, added to the scores
 
 Who owns what: this file holds no training logic and no state between calls. The fast weights come in as an argument
@@ -28,6 +28,7 @@ Who owns what: this file holds no training logic and no state between calls. The
 import json
 import math
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -76,22 +77,23 @@ class Fast(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """W x, plus the outer LoRA if there is one, plus the fast weights if they are passed in. No bias unless asked."""
+    """W x, plus the outer LoRA if there is one, plus the fast weights if they are passed in."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = False):
-        super().__init__(inputs, outputs, bias=bias)
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
 
     def add_lora(self, rank: int, alpha: float, dropout: float, generator: torch.Generator | None = None) -> None:
         """Outer LoRA, trainable (Sec. 4.1: r = 32, alpha = 64, dropout 0.05). B = 0: the model is unchanged at first."""
-        self.lora_A = nn.Parameter(kaiming_uniform(self.weight.new_empty(rank, self.in_features), generator))
+        A = kaiming_uniform(torch.empty(rank, self.in_features, dtype=self.weight.dtype), generator)  # drawn on the CPU
+        self.lora_A = nn.Parameter(A.to(self.weight.device))
         self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
         self.lora_scale, self.lora_dropout = alpha / rank, dropout
 
     def forward(self, x: Tensor, fast: Fast | None = None, name: str = "") -> Tensor:
         """x (B, T, in) -> (B, T, out). `name` is where to look in `fast`."""
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(x, self.weight)
         if self.lora_A is not None:
             dropped = F.dropout(x, self.lora_dropout, self.training)
             y = y + self.lora_scale * F.linear(F.linear(dropped, self.lora_A), self.lora_B)
@@ -122,8 +124,8 @@ class RMSNorm(nn.Module):
 class Canon(nn.Module):
     """h <- h + depthwise convolution of norm(h) over neighbouring positions: lets a token know the words around it.
 
-    Attention finds "the number after the key" by matching a token that already carries its neighbours. At this size
-    that is learnt in minutes with this layer, and was never seen learnt without it.
+    Attention finds "the number after the key" by matching a token that already carries its neighbours; with this layer
+    a token does so from the first layer on.
     """
 
     def __init__(self, config: Config):
@@ -239,7 +241,8 @@ class Transformer(nn.Module):
     def run(
         self, h: Tensor, start: float, stop: float, attention_mask: Tensor | None = None, fast: Fast | None = None
     ) -> Tensor:
-        """The stack from `start` to `stop`, counted in layers, on h (B, T, D). i + 0.5 is between layer i's two halves."""
+        """The stack from `start` to `stop`, counted in layers, on h (B, T, D). 1.5 is behind the attention of
+        layer 1 and before its feed-forward."""
         config = self.config
         rotary = rotary_angles(h.shape[1], int(config.head_dim * config.rotary_fraction), config.rope_base, h)
         bias = attention_bias(attention_mask, h.dtype)
@@ -271,7 +274,7 @@ def attention_bias(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor 
 
 @torch.no_grad()
 def init_weights(model: Transformer, generator: torch.Generator) -> Transformer:
-    """A start from which retrieval emerges in minutes. Each line was worth hundreds of steps at this size.
+    """A start from which retrieval emerges in minutes.
 
     Embeddings N(0, 1), every output into the residual stream zero: with N(0, 0.02), as in large models, the first layers
     drown the token's identity. The head starts as a small copy of the embedding, so that what attention copies is already
@@ -317,6 +320,8 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and the JSON in the header. Nothing is unpickled."""
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}.")
     try:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {})["json"])
@@ -366,13 +371,17 @@ def restore(model: Transformer, optimizer: torch.optim.Optimizer, tensors: dict[
     for name, p in model.named_parameters():
         state = {key.split("/")[1]: t for key, t in tensors.items() if key.startswith(f"adam.{name}/")}
         if state:
-            optimizer.state[p] = {key: t if key == "step" else t.to(device) for key, t in state.items()}
+            optimizer.state[p] = {key: t.to(device) for key, t in state.items()}
 
 
 def check_writable(folder: Path) -> None:
     """Finds out before the work, not after it, that a folder cannot be written."""
-    write_text(folder / "probe", "")
-    (folder / "probe").unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error}. Choose another folder with --out.") from None
 
 
 def write_text(path: Path, text: str) -> None:

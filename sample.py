@@ -18,6 +18,11 @@ Glossary
   -             | block_length   | int: blocks are finished left to right
   -             | schedule       | (steps,) how many tokens each step commits
   phi_2         | fast           | model.Fast, constant over the whole generation
+  -             | given          | (B, P + R) bool: the prompt, which guidance masks
+  -             | open_, quota   | which positions may be committed now, and how many of them
+  -             | windows        | (B * n, W): the prompt cut into n pieces, for our writing rule
+  -             | surprise       | (B, n * W): -log p of each prompt token, given the rest of its window
+(M masked positions, V vocabulary.)
 """
 
 import argparse
@@ -76,7 +81,7 @@ def choose_tokens(logits: Tensor, temperature: float, generator: torch.Generator
     if temperature > 0:  # Gumbel-max in float64: in float32 the noise is truncated and sampling is colder than asked
         uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
-        tokens = (logits.double().cpu() / temperature + gumbel).argmax(-1).to(logits.device)
+        tokens = (logits.cpu().double() / temperature + gumbel).argmax(-1).to(logits.device)
     else:
         tokens = logits.argmax(-1)
     return tokens, probabilities.gather(1, tokens[:, None])[:, 0]
@@ -87,7 +92,7 @@ def select(confidence: Tensor, quota: int, threshold: float | None) -> Tensor:
 
     confidence (B, R), -1 where nothing may be committed. Returns (B, R) bool.
     """
-    rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
+    rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)  # 0 = the most confident
     chosen = rank < quota
     if threshold is not None:
         chosen |= confidence >= threshold
@@ -148,10 +153,10 @@ def generate(
 
 
 class Write(NamedTuple):
-    """How a prompt is written. Defaults: the paper's."""
+    """How a prompt is written. Defaults: the paper's (window and share belong to our own rule)."""
 
     rule: str = "paper"  # a key of WRITE_RULES
-    memory: Memory = Memory(scope="sample")
+    memory: Memory = Memory()  # its scope plays no part: each prompt has a set of its own
     passes: int = 1  # the stages are gone through this often
     anchor_ratio: float = 0.2  # of the paper's rule
     window: int = 96  # of our rule: the training length
@@ -208,14 +213,14 @@ WRITE_RULES = {"paper": paper_rule, "surprise": surprise_rule}
 
 def write_settings(config: dict) -> Write:
     """What a run's --write flags say."""
-    memory = replace(memory_settings(config), lr=config["write_lr"], rank=config["write_rank"], scope="sample")
-    memory.alpha = memory.rank * config["memory_alpha"] / config["memory_rank"]  # the same scale as in training
+    alpha = config["write_rank"] * config["memory_alpha"] / config["memory_rank"]  # the same scale as in training
+    memory = replace(memory_settings(config), lr=config["write_lr"], rank=config["write_rank"], alpha=alpha)
     return Write(config["write"], memory, config["write_passes"], config["anchor_ratio"], config["length"])
 
 
 @torch.no_grad()
 def write_prompt(model: Transformer, prompts: Tensor, write: Write, seed: int, first_row: int = 0) -> Fast:
-    """phi_2 for prompts (B, P): one set of fast weights per prompt, made from nothing but the prompt.
+    """phi for prompts (B, P), phi_2 under the paper's rule: one set of fast weights per prompt, from nothing but the prompt.
 
     Row i's random draws depend on (seed, first_row + i) alone, so that the batch size changes no result. The caller
     puts the model in eval mode (no LoRA dropout). Loss weights are 1 instead of 1/t (Sec. 4.5).
@@ -234,7 +239,7 @@ def write_prompt(model: Transformer, prompts: Tensor, write: Write, seed: int, f
 
 
 def canvas_text(ids: list[int]) -> str:
-    """Ids as text, with every [MASK] drawn as a lower line."""
+    """Ids as text, with every [MASK] drawn as an underscore."""
     return "".join(" _" if token == data.MASK else data.TOKENIZER.decode([token]) for token in ids)
 
 
@@ -269,7 +274,7 @@ def run(args: argparse.Namespace) -> None:
     config = read_config(Path(args.run))
     seed = config["seed"] if args.seed is None else args.seed
     model, _ = load_model(Path(args.run) / f"seed{seed}" / f"{args.model}.safetensors", pick_device(args.device))
-    ids = data.TOKENIZER.encode_ordinary(args.prompt)
+    ids = data.encode_text(args.prompt)
     if not ids or len(ids) > config["max_length"]:
         raise UserError(f"--prompt has {len(ids)} tokens; it must have 1 to {config['max_length']}.")
     prompt = torch.tensor([ids], device=next(model.parameters()).device)

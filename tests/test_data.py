@@ -56,7 +56,14 @@ def test_a_typed_special_token_is_ordinary_text(text):
     *response, end = example.response
     assert end == EOS
     assert not {EOS, MASK} & {*example.prompt, *response}
-    assert TOKENIZER.decode(response) == text
+    assert TOKENIZER.decode(response) == " " + text.removeprefix(" ")
+
+
+def test_a_users_text_begins_like_the_training_text():
+    """All training text begins with a space, and " river" is one token where "river" is five bytes: a space is put in front,
+    unless there is one (or the text is empty, which is for the caller to refuse)."""
+    assert data.encode_text("river holds") == data.encode_text(" river holds") == TOKENIZER.encode_ordinary(" river holds")
+    assert data.encode_text("") == []
 
 
 def test_special_ids_are_the_last_two_of_the_vocabulary():
@@ -338,9 +345,9 @@ def test_a_good_file_is_read_in_order(tmp_path):
     path.write_bytes(f"{line()}\r\n\n   \n{line('Γεια 👋', ' <|mask|> ')}\n{extra}".encode())
     pairs = data.read_jsonl(path, 100)
     assert [(TOKENIZER.decode(e.prompt), TOKENIZER.decode(e.response)) for e in pairs] == [
-        ("Say hi.", "hi<|endoftext|>"),
-        ("Γεια 👋", " <|mask|> <|endoftext|>"),
-        ("p", "r<|endoftext|>"),
+        (" Say hi.", " hi<|endoftext|>"),
+        (" Γεια 👋", " <|mask|> <|endoftext|>"),
+        (" p", " r<|endoftext|>"),
     ]
     assert all(e.response[-1] == EOS and MASK not in e.response and EOS not in e.response[:-1] for e in pairs)
 
@@ -351,7 +358,7 @@ def test_only_a_newline_ends_a_jsonl_line(tmp_path, separator):
     path = tmp_path / "pairs.jsonl"
     path.write_text(line(f"a{separator}b") + "\n", encoding="utf-8", newline="")
     (pair,) = data.read_jsonl(path, 100)
-    assert TOKENIZER.decode(pair.prompt) == f"a{separator}b"
+    assert TOKENIZER.decode(pair.prompt) == f" a{separator}b"
 
 
 BAD_LINES = {
@@ -364,7 +371,7 @@ BAD_LINES = {
     "not an object": ('["a", "b"]', "prompt"),
     "empty response": (line(response=""), "empty"),
     "blank response": (line(response=" \n\t"), "empty"),
-    "too long": (line(prompt="x" * 30), "30 + 3 tokens exceed --max-length 20"),
+    "too long": (line(prompt="x" * 30), "31 + 4 tokens exceed --max-length 20"),
 }
 
 
@@ -398,7 +405,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
 
 def test_the_limit_counts_the_closing_token():
     """prompt + response + EOS may fill --max-length exactly; one token more is refused."""
-    record = {"prompt": "xx", "response": "yy"}
+    record = {"prompt": " x", "response": " y"}
     assert len(data.encode_pair(record, "here", 5).response) == 3
     with pytest.raises(UserError, match="exceed --max-length 4"):
         data.encode_pair(record, "here", 4)

@@ -644,7 +644,7 @@ def test_a_typed_mask_in_a_prompt_stays_text(quick, capsys, monkeypatch):
         sample, "generate", lambda model, prompts, *a, **k: seen.append(prompts) or generate(model, prompts, *a, **k)
     )
     sample.main(["--run", str(quick), "--prompt", "<|mask|> <|endoftext|>", "--length", "4", "--memory", "--quiet"])
-    assert data.TOKENIZER.decode(seen[0][0].tolist()) == "<|mask|> <|endoftext|>"
+    assert data.TOKENIZER.decode(seen[0][0].tolist()) == " <|mask|> <|endoftext|>"
     assert seen[0].max() < data.EOS
 
 
@@ -672,7 +672,7 @@ def test_bad_requests_to_sample_get_one_line(quick, tmp_path, refused, name):
     assert named in refused(sample.main, *arguments.split())
 
 
-@pytest.mark.parametrize(("prompt", "count"), [("", 0), ("x" * 4097, 4097), ("é" * 2049, 4098)])
+@pytest.mark.parametrize(("prompt", "count"), [("", 0), ("x" * 4097, 4098), ("é" * 2049, 4099)])
 def test_a_prompt_that_is_empty_or_too_long_is_refused(quick, refused, prompt, count):
     """The limit is the run's --max-length, in tokens; the message says how many there are."""
     assert str(count) in refused(sample.main, "--run", quick, "--prompt", prompt)
