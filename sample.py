@@ -2,7 +2,7 @@
 sample.py: generation. Start from a response of nothing but [MASK], predict every masked token, commit the most confident,
 repeat until none is left. Optionally the prompt is first written into fast weights (Sec. 4.5).
 
-    python sample.py --run runs/tiny --prompt "river holds 47. Question: what does river hold? Answer:" [--memory]
+    python sample.py --run runs/tiny --prompt "... river holds 47. ... Question: what does river hold? Answer:" [--memory]
 
 There is no remasking here: a committed token is never looked at again. What some papers call "low-confidence remasking"
 is this very rule, seen from the other side (the tokens not committed stay masked).
