@@ -400,7 +400,7 @@ def pretrain(args: argparse.Namespace, seed: int, folder: Path, device: str) -> 
 
     identity = {key: getattr(args, key) for key in ("length", "pretrain_steps", "pretrain_batch", "pretrain_lr")}
     identity |= {"seed": seed, "model": asdict(model.config), "data": data.fingerprint()}
-    steps, lr = args.pretrain_steps, args.pretrain_lr
+    steps, lr = args.pretrain_steps, args.pretrain_lr  # then 3% warm-up, 30% decay, clip 1.0
     phase = Phase("base", seed, steps, lr, 0.03, 0.3, 1.0, Memory(), "pretrain", batch_at, None, identity)
     if args.bases:
         copy_base(Path(args.bases) / folder.name / "base.safetensors", folder / "base.safetensors", identity)
