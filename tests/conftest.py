@@ -16,6 +16,7 @@ from memdlm import Anchor, Memory
 from model import Config, Transformer
 
 torch.set_num_threads(1)
+pytest_plugins = ["running"]
 
 
 def build_model(dtype: torch.dtype = torch.float64, seed: int = 0, **sizes) -> Transformer:
