@@ -69,7 +69,7 @@ T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.
 
 
 def wilson_interval(mean: float, n: int) -> list[float]:
-    """95% interval for the mean of n scores in [0, 1]. Exact in spirit for 0/1 scores, conservative for fractions."""
+    """95% interval for the mean of n scores in [0, 1]. Meant for 0/1 scores; for fractions it is too wide."""
     z = 1.959964
     centre, spread = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
     return [max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))]
@@ -151,8 +151,8 @@ def exposure_walk(
     """L_static and L_seq per row at mask ratios 1, 1 - 1/steps, ... 1/steps: [(ratio, static (B,), sequential (B,))].
 
     x0 (B, T), response (B, T) bool with the same n response tokens in each row; order (B, T): random numbers that rank
-    the positions. The static mask at each ratio is the first max(1, int(n * ratio)) of that ranking, so it is shared by
-    all models. The walk starts all-masked and commits its most confident tokens down to the same count.
+    the positions. The static mask at each ratio is the first max(1, n * ratio rounded down) of that ranking, so it is shared
+    by all models. The walk starts all-masked and commits its most confident tokens down to the same count.
     """
     n = int(response[0].sum())
     counts = [max(1, n * (steps - step) // steps) for step in range(steps + 1)]  # whole numbers: no rounding surprise
@@ -224,8 +224,8 @@ def measure_losses(model: Transformer, train_set: Batch, held_out: Batch, memory
     """The training loss with and without memory on the same noise, and the held-out loss without.
 
     The loss *with* memory leaks: the inner loop has seen the very labels that it is then scored on. It is logged to show
-    that, beside the honest one. With scope "batch" all the measured rows
-    share one set. eval_by_t: held-out NLL per masked token in T_BINS equal bins of t.
+    that, beside the honest one. With scope "batch" all the measured rows share one set.
+    eval_by_t: held-out NLL per masked token in T_BINS equal bins of t.
     """
     model.eval()
     anchor, generator = stratified_anchor(train_set.maskable, seed), generator_for(seed, "measure memory")
@@ -294,7 +294,8 @@ def compare(specifications: list[str]) -> str:
         final = [r for r in results["loss"] if (r["method"], r["step"]) == (ROWS[name][1], last)]
         learnt.append([text, interval_text([record["train_without_memory"] for record in final])])
     header = ["difference, mean over tasks", *(record["length"] for record in records)]
-    return markdown(header, rows) + "\n\n" + markdown(["learnt", "training loss without memory"], learnt)
+    table = markdown(header, rows)
+    return table + "\n\n" + markdown(["learnt", "training loss without memory"], learnt) if learnt else table
 
 
 def difference_text(record: dict) -> str:

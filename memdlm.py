@@ -243,8 +243,8 @@ def memdlm_loss(
     """The MDLM loss on x_t with phi_2 in place, and the inner losses (2, N). First order: phi_2 is a constant.
 
     Three forwards and three backwards would be the naive way. Fast weights live in the last layers only, so the prefix's
-    activations on x_t serve both stage 2 and this loss, x_tpre's prefix needs no graph, and the inner backwards end at
-    the first adapted layer: 4 + 3s units of work instead of 9, where plain MDLM costs 3 and s is the adapted share.
+    activations on x_t serve both stage 2 and this loss, x_tpre's prefix needs no graph, and the inner backwards end
+    where the prefix does: about 4 + 3s units of work instead of 9, where plain MDLM costs 3 and s is the adapted share.
     """
     cut = memory_start(model, memory)
     h = model.run(model.embedding(corrupt(batch.x0, anchor.masked)), 0, cut, batch.attention_mask)
