@@ -25,8 +25,10 @@ Glossary
 
 import argparse
 import math
+import re
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -44,16 +46,17 @@ import sample
 from data import Batch, Example, Parser, guarded, pick_device, real, whole
 from memdlm import (
     SCOPES,
+    STRATEGIES,
     Anchor,
     Memory,
     corrupt,
-    draw_pre_anchor,
+    embed,
     generator_for,
     init_fast,
-    masked_nll,
     mdlm_loss,
     memdlm_loss,
     read_config,
+    token_nll,
 )
 from model import Fast, Transformer, UserError, check_writable, load_model, read_json, write_json, write_text
 
@@ -83,10 +86,10 @@ def t_interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
-def machine(device: str) -> dict:
+def machine(device: str, dtype: str = "float32") -> dict:
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "dtype": "float32",
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "dtype": dtype,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
@@ -94,10 +97,87 @@ def machine(device: str) -> dict:
 
 def peak_memory(device: str) -> float:
     """GiB: the process's largest resident size, or on a GPU what torch has allocated there at most."""
-    if device == "cuda":
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# ---- scoring rules of the published benchmarks ------------------------------------------------------------------------------
+
+
+def clean(prediction: str) -> str:
+    """RULER's clean-up: control characters become line ends; outer white space goes."""
+    return re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip()
+
+
+def string_match_all(references: Sequence[str], prediction: str) -> float:
+    """RULER: the share of reference strings found in the prediction, whatever their case. (NVIDIA reports percent, rounded
+    to two decimals after averaging; the harness 0 to 1.)"""
+    return float(np.mean([reference.lower() in clean(prediction).lower() for reference in references]))
+
+
+def string_match_part(references: Sequence[str], prediction: str) -> float:
+    """RULER's question answering: 1 if any of the references is found."""
+    return float(any(reference.lower() in clean(prediction).lower() for reference in references))
+
+
+PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
+BABILONG_LABELS = {"qa1": PLACES, "qa2": PLACES, "qa3": PLACES, "qa4": PLACES}
+BABILONG_LABELS["qa5"] = ("Bill", "Fred", "Jeff", "Mary", "apple", "football", "milk")
+
+
+def first_statement(output: str) -> str:
+    """BABILong's clean-up: lower case, up to the first full stop or the next piece of a prompt."""
+    output = output.lower().split(".")[0]
+    return output.split("<context>")[0].split("<example>")[0]
+
+
+def babilong_correct(task: str, question: str, target: str, output: str) -> bool:
+    """BABILong's own metric: of the task's labels, the output's first statement names the target and no other, those of the
+    question aside."""
+    labels = {label.lower() for label in BABILONG_LABELS[task]}
+    named = {label for label in labels if label in first_statement(output)}
+    asked = {label for label in labels if label in question.lower()}
+    parts = target.lower().split(",") if "," in target and len(target) > 3 else [target.lower()]
+    return named - asked == {part.strip() for part in parts}
+
+
+def babilong_contains(target: str, output: str) -> bool:
+    """BABILong's older metric: the target is somewhere in the first statement."""
+    return target.lower() in first_statement(output)
+
+
+def babilong_accuracy(target: str, output: str) -> float:
+    """The harness's metric, which the paper reports: the target is somewhere in the output."""
+    return float(target.lower() in clean(output).lower())
+
+
+# ---- Monte-Carlo likelihood (LLaDA, arXiv 2502.09992) ----------------------------------------------------------------------
+
+
+def likelihood_masks(prompt: int, answer: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """n masks (n, P + R) of the answer, and the share of it that each hides (n,): counts spread evenly over 1 .. R from a
+    random start, positions drawn without replacement."""
+    start = int(torch.randint(1, answer + 1, (1,), generator=generator))
+    counts = (torch.arange(n) * answer / n + start).round().long().sub(1).remainder(answer) + 1  # (n,)
+    rank = torch.rand(n, answer, generator=generator).argsort(dim=1).argsort(dim=1)
+    return F.pad(rank < counts[:, None], (prompt, 0)), counts / answer
+
+
+@torch.no_grad()
+def log_likelihood(
+    model: Transformer, x0: Tensor, prompt: int, masked: Tensor, share: Tensor, cfg_scale: float = 0.0
+) -> Tensor:
+    """Estimates of log p(answer | prompt), one per mask, (n,): minus the sum of the masked tokens' NLL / share.
+
+    x0 (T,): `prompt` tokens, then the answer; masked (n, T) bool, share (n,). Their mean is the estimate that LLaDA reports.
+    """
+    canvas = corrupt(x0.expand_as(masked), masked, model.config.mask_id)
+    given = (torch.arange(len(x0), device=x0.device) < prompt).expand_as(masked)
+    logits = sample.guided_logits(model, canvas, given, None, cfg_scale, None, masked)
+    nll = F.cross_entropy(logits, x0.expand_as(masked)[masked], reduction="none")
+    return -torch.zeros(len(masked), device=nll.device).index_add(0, masked.nonzero()[:, 0], nll) / share
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------------
@@ -157,14 +237,15 @@ def exposure_walk(
     n = int(response[0].sum())
     counts = [max(1, n * (steps - step) // steps) for step in range(steps + 1)]  # whole numbers: no rounding surprise
     rank = order.masked_fill(~response, 2.0).argsort(dim=1).argsort(dim=1)
-    canvas, curve = torch.where(response, data.MASK, x0), []
+    mask_id = model.config.mask_id
+    canvas, curve = torch.where(response, mask_id, x0), []
     for step in range(steps):
         static = rank < counts[step]
-        masked = (canvas == data.MASK) & response
-        static_nll, _ = nll_at(model, torch.where(static, data.MASK, x0), x0, static, fast)
+        masked = (canvas == mask_id) & response
+        static_nll, _ = nll_at(model, torch.where(static, mask_id, x0), x0, static, fast)
         sequential_nll, logits = nll_at(model, canvas, x0, masked, fast)
         curve.append((1 - step / steps, static_nll, sequential_nll))
-        tokens, probability = sample.choose_tokens(logits, 0.0, None)
+        tokens, probability = sample.choose_tokens(logits, 0.0, None, [mask_id])
         confidence = torch.full(canvas.shape, -1.0, device=canvas.device).masked_scatter(masked, probability)
         canvas = torch.where(
             sample.select(confidence, counts[step] - counts[step + 1], None), canvas.masked_scatter(masked, tokens), canvas
@@ -219,29 +300,44 @@ def stratified_anchor(maskable: Tensor, seed: int) -> Anchor:
     return Anchor(t.to(maskable.device), masked.to(maskable.device) & maskable)
 
 
+LOSSES = ("train_with_memory", "train_without_memory", "eval_without_memory")
+
+
 @torch.no_grad()
-def measure_losses(model: Transformer, train_set: Batch, held_out: Batch, memory: Memory, seed: int) -> dict:
-    """The training loss with and without memory on the same noise, and the held-out loss without.
+def losses_with_and_without(model: Transformer, batch: Batch, memory: Memory, seed: int) -> tuple[float, float]:
+    """The training loss with and without memory on the same noise."""
+    anchor, generator = stratified_anchor(batch.maskable, seed), generator_for(seed, "measure memory")
+    stages = STRATEGIES[memory.strategy](anchor, batch.maskable, memory, generator)
+    fast = init_fast(model, memory, SCOPES[memory.scope](len(batch.x0)), generator)
+    return memdlm_loss(model, batch, anchor, stages, fast, memory)[0].item(), mdlm_loss(model, batch, anchor).item()
+
+
+@torch.no_grad()
+def held_out_loss(model: Transformer, batch: Batch, seed: int) -> tuple[float, Tensor, Tensor]:
+    """The loss without memory; the NLL of each masked token (M,), and its t (M,)."""
+    anchor = stratified_anchor(batch.maskable, seed)
+    h = model.read(embed(model, batch.x0, anchor.masked), 0, anchor.masked, batch.attention_mask)
+    nll = token_nll(model, h, batch.x0[anchor.masked])
+    return mdlm_loss(model, batch, anchor).item(), nll, anchor.t[anchor.masked.nonzero()[:, 0]]
+
+
+def measure_losses(model: Transformer, train_set: list[Batch], held_out: list[Batch], memory: Memory, seed: int) -> dict:
+    """The losses LOSSES on fixed noise, weighted by the batches' maskable tokens, and the held-out NLL by noise level.
 
     The loss *with* memory leaks: the inner loop has seen the very labels that it is then scored on. It is logged to show
-    that, beside the honest one. With scope "batch" all the measured rows share one set.
+    that, beside the honest one. With scope "batch" all rows of a batch share one set.
     eval_by_t: held-out NLL per masked token in T_BINS equal bins of t.
     """
     model.eval()
-    anchor, generator = stratified_anchor(train_set.maskable, seed), generator_for(seed, "measure memory")
-    pre_masked = draw_pre_anchor(anchor.masked, train_set.maskable, memory.start_scale, generator)
-    fast = init_fast(model, memory, SCOPES[memory.scope](len(train_set.x0)), generator)
-    with_memory, _ = memdlm_loss(model, train_set, anchor, pre_masked, fast, memory)
-    held_anchor = stratified_anchor(held_out.maskable, seed)
-    h = model.embedding(corrupt(held_out.x0, held_anchor.masked))
-    nll = masked_nll(model, model.run(h, 0, model.config.layers, held_out.attention_mask), held_out.x0, held_anchor.masked)
-    bins = (held_anchor.t[held_anchor.masked.nonzero()[:, 0]] * T_BINS).long()
-    return {
-        "train_with_memory": finite(with_memory.item()),
-        "train_without_memory": finite(mdlm_loss(model, train_set, anchor).item()),
-        "eval_without_memory": finite(mdlm_loss(model, held_out, held_anchor).item()),
-        "eval_by_t": [finite(nll[bins == i].mean().item()) for i in range(T_BINS)],
-    }
+    train = [losses_with_and_without(model, batch, memory, seed + i) for i, batch in enumerate(train_set)]
+    held = [held_out_loss(model, batch, seed + i) for i, batch in enumerate(held_out)]
+    weights = [[int(batch.maskable.sum()) for batch in part] for part in (train_set, held_out)]
+    values = [np.average([loss[i] for loss in train], weights=weights[0]) for i in (0, 1)]
+    values.append(np.average([loss for loss, _, _ in held], weights=weights[1]))
+    nll, t = (torch.cat([one[i] for one in held]) for i in (1, 2))
+    bins = (t * T_BINS).long()
+    by_t = [finite(nll[bins == i].mean().item()) for i in range(T_BINS)]
+    return {name: finite(float(value)) for name, value in zip(LOSSES, values)} | {"eval_by_t": by_t}
 
 
 def finite(value: float) -> float | None:

@@ -1,14 +1,17 @@
 """
 memdlm.py: the method. Corrupt, write the memory (inner loop), learn from what is left over (outer loop), step.
 
-    python memdlm.py --tiny            trains and compares Standard MDLM and MemDLM on a laptop
+    python memdlm.py --tiny                                        compares Standard MDLM and MemDLM on a laptop
+    python memdlm.py --backbone llada-moe --data FILE --out DIR    fine-tunes a real LLaDA backbone through an outer LoRA
 
-Read down to `train_step`: that is the whole method. Below are the training loop, the `--tiny` experiment, the command line.
+Read down to `train_step`: that is the whole method. Below are the training loop, the fine-tuning of a backbone, the `--tiny`
+experiment, the command line.
 
 Reading list
   MemDLM   Pei et al. 2026, arXiv 2603.22241: Sec. 2.1 (masked diffusion), Sec. 3 (the two loops), Sec. 4.1 (settings)
   MDLM     Sahoo et al. 2024, arXiv 2406.07524: why the loss weight is 1/t
   LLaDA    Nie et al. 2025, arXiv 2502.09992: masked diffusion fine-tuned on (prompt, response) pairs
+  Distillation  Hinton et al. 2015, arXiv 1503.02531: the Kullback-Leibler variants of the inner loss (Fig. 6)
   MAML     Finn et al. 2017, arXiv 1703.03400, Sec. 5.2: the first-order approximation of a nested gradient
 
 Glossary
@@ -16,57 +19,73 @@ Glossary
   x_0        | batch.x0               | (B, T) clean token ids
   t          | anchor.t               | (B,) sampled noise level
   M_t        | anchor.masked          | (B, T) bool, True where x_t is [MASK]
-  x_t        | corrupt(x0, masked)    | (B, T) the *anchor*: drawn once, used by stage 2 and by the outer loss
-  x_tpre     | corrupt(x0, pre)       | (B, T) the *pre-anchor*: the anchor, masked further
+  x_t        | embed(x0, masked)      | (B, T, D) the *anchor*, embedded: drawn once, used by stage 2 and by the outer loss
+  x_tpre     | embed(x0, pre)         | (B, T, D) the *pre-anchor*: the anchor, masked further
   s          | memory.start_scale     | float, t_pre = min(1, s * t)
   theta      | model.parameters()     | what the outer loop trains
   phi        | fast                   | model.Fast: the Parametric Memory
   eta        | memory.lr              | float, the inner loop's step size
-  K          | len(states)            | 2: pre-anchor, anchor
+  K          | memory.steps           | 2: pre-anchor, anchor
   w(t)       | 1 / (t + 1e-6)         | (B,) loss weight
   N          | sets                   | number of sets of fast weights: B (scope "sample") or 1 (scope "batch")
-  -          | states                 | per stage: its mask, and the prefix's output h (B, T, D) on that input
+  -          | stage                  | Stage: what one step of the inner loop masks, and what the next state masks
+  -          | state                  | State: a stage, and the prefix's output h (B, T, D) on it
   -          | cut, prefix            | the layers before `cut` do not depend on phi; M masked positions, V vocabulary, D hidden
 
 Who is updated by what
   weights           | updated by            | loss                         | when reset                 | saved
   backbone          | nobody, or AdamW      | -, or MDLM loss with phi_2   | never                      | base, mdlm, memdlm
-  outer LoRA theta  | AdamW, outer loop     | MDLM loss with phi_2 in place| never                      | with the backbone
+  outer LoRA theta  | AdamW, outer loop     | MDLM loss with phi_2 in place| never                      | adapter/, as PEFT does
   fast weights phi  | plain SGD, inner loop | inner loss of stages 1 and 2 | before every batch, prompt | never
 (The tiny model trains its whole backbone as theta; `--lora-rank` freezes it and trains an outer LoRA, as the paper does.)
 """
 
 import argparse
 import copy
+import importlib.util
 import math
+import os
+import sys
 import time
 import zlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 from data import Batch, Parser, guarded, pick_device, real, whole
 from model import (
+    BACKBONES,
     Config,
     Fast,
+    Linear,
     Transformer,
     UserError,
     add_outer_lora,
     check_writable,
+    count,
+    find_checkpoint,
     init_weights,
     kaiming_uniform,
+    linear_layers,
     load_checkpoint,
+    load_llada,
     load_model,
+    random_llada,
     read_json,
     restore,
+    save_adapter,
     save_checkpoint,
     training_state,
     write_json,
@@ -90,34 +109,53 @@ def draw_anchor(maskable: Tensor, generator: torch.Generator, eps: float = 1e-3)
     return Anchor(t.to(maskable.device), masked.to(maskable.device) & maskable)
 
 
-def corrupt(x0: Tensor, masked: Tensor) -> Tensor:
+def corrupt(x0: Tensor, masked: Tensor, mask_id: int) -> Tensor:
     """x_t: the clean tokens x0 (B, T) with [MASK] wherever masked (B, T) says so."""
-    return torch.where(masked, data.MASK, x0)
+    return torch.where(masked, mask_id, x0)
 
 
-def masked_nll(model: Transformer, h: Tensor, x0: Tensor, masked: Tensor) -> Tensor:
-    """-log p(x0_i | x_t) at the M masked positions, (M,), in row order. The head runs on these rows of h (B, T, D) only."""
-    logits = model.head(h[masked])  # (M, V)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), x0[masked], reduction="none")
+def embed(model: Transformer, x0: Tensor, masked: Tensor) -> Tensor:
+    """x_t as the stack wants it, (B, T, D)."""
+    return model.embedding(corrupt(x0, masked, model.config.mask_id))
+
+
+def token_nll(model: Transformer, h: Tensor, target: Tensor) -> Tensor:
+    """-log p(target) (M,) from the last layer's output h (M, D)."""
+    logits = model.head(h)  # (M, V)
+    return F.cross_entropy(logits.to(precise(logits.dtype)), target, reduction="none")
+
+
+# Over which count the weighted token losses (M,) are averaged; row (M,) says whose they are, n (B,) are the maskable counts.
+NORMS = {
+    "token": lambda loss, row, n: loss.sum() / n.sum().clamp(min=1),
+    "sequence": lambda loss, row, n: (loss / n[row]).sum() / len(n),
+    "batch": lambda loss, row, n: loss.sum() / len(n),
+}
 
 
 def denoising_loss(
-    model: Transformer, batch: Batch, anchor: Anchor, h: Tensor, fast: Fast | None = None, start: float = 0
+    model: Transformer,
+    batch: Batch,
+    anchor: Anchor,
+    h: Tensor,
+    fast: Fast | None = None,
+    start: float = 0,
+    norm: str = "token",
 ) -> Tensor:
     """Eq. 2, and with `fast` Eq. 9: sum of w(t) * nll over masked tokens / number of maskable tokens.
 
-    h (B, T, D) is the stack's state at `start`, counted in layers.
+    h (B, T, D) is the stack's state at `start`, counted in layers. norm: a key of NORMS.
     """
-    h = model.run(h, start, model.config.layers, batch.attention_mask, fast)
-    nll = masked_nll(model, h, batch.x0, anchor.masked)  # (M,)
+    h = model.read(h, start, anchor.masked, batch.attention_mask, fast)  # (M, D)
+    nll = token_nll(model, h, batch.x0[anchor.masked])  # (M,)
     row = anchor.masked.nonzero()[:, 0]  # (M,) which example each masked token belongs to
     weight = 1 / (anchor.t + 1e-6)
-    return (weight[row] * nll).sum() / batch.maskable.sum().clamp(min=1)
+    return NORMS[norm](weight[row] * nll, row, batch.maskable.sum(1))
 
 
-def mdlm_loss(model: Transformer, batch: Batch, anchor: Anchor) -> Tensor:
+def mdlm_loss(model: Transformer, batch: Batch, anchor: Anchor, norm: str = "token") -> Tensor:
     """Standard MDLM, the baseline: the denoising loss of the plain model."""
-    return denoising_loss(model, batch, anchor, model.embedding(corrupt(batch.x0, anchor.masked)))
+    return denoising_loss(model, batch, anchor, embed(model, batch.x0, anchor.masked), norm=norm)
 
 
 # ---- the inner loop: write a memory (Sec. 3, Eqs. 6-8) --------------------------------------------------------------------
@@ -134,6 +172,11 @@ class Memory:
     fraction: float = 0.1  # the last 10% of layers carry fast weights, in their feed-forward network
     start_scale: float = 1.5
     scope: str = "batch"  # a key of SCOPES: who shares a set of fast weights
+    steps: int = 2  # K
+    epochs: int = 1  # how often the stages are gone through
+    strategy: str = "consistent"  # a key of STRATEGIES: which states the inner loop goes through (Figs. 9-11)
+    loss: str = "ce"  # a key of INNER_LOSSES: what it learns from them (Fig. 6)
+    targets: str = "all"  # a key of TARGETS: at which positions (Sec. 4.6)
 
 
 # How many sets a batch of rows gets. One for all, as published: the batch size then changes the method. One per sample.
@@ -153,15 +196,31 @@ def memory_start(model: Transformer, memory: Memory) -> float:
     return first_adapted_layer(model.config.layers, memory.fraction) + 0.5
 
 
+def adapted_layers(model: Transformer, memory: Memory) -> dict[str, Linear]:
+    """Name -> module of what phi adapts: gate, up and down of the last layers, every expert; never router or attention.
+
+    LLaDA2's shared expert is among them, LLaDA-MoE's is not: the published target names match the one and miss the other.
+    """
+    first, found = first_adapted_layer(model.config.layers, memory.fraction), {}
+    for i in range(first, model.config.layers):
+        for name, module in model.layers[i].mlp.named_modules():
+            skipped = name.startswith("shared") and model.config.architecture == "llada-moe"
+            if name.endswith(("gate", "up", "down")) and not skipped:
+                found[f"layers.{i}.mlp.{name}"] = module
+    return found
+
+
 def init_fast(model: Transformer, memory: Memory, sets: int, generator: torch.Generator) -> Fast:
-    """phi_0: N = `sets` times A Kaiming-uniform, B = 0, so that the product is zero and the model unchanged."""
-    weights = {}
-    for i in range(first_adapted_layer(model.config.layers, memory.fraction), model.config.layers):
-        for name in ("gate", "up", "down"):
-            matrix = getattr(model.layers[i].mlp, name).weight  # (out, in)
-            A = kaiming_uniform(torch.empty(sets, memory.rank, matrix.shape[1], dtype=matrix.dtype), generator)
-            B = torch.zeros(sets, matrix.shape[0], memory.rank, dtype=matrix.dtype)
-            weights[f"layers.{i}.mlp.{name}"] = (A.to(matrix.device), B.to(matrix.device))
+    """phi_0: N = `sets` times A Kaiming-uniform, B = 0, so that the product is zero and the model unchanged.
+
+    Like the outer LoRA, phi is kept in float32 at least: clipped steps of 0.1 are small beside bfloat16's spacing.
+    """
+    weights, device = {}, model.embedding.weight.device
+    dtype = precise(model.embedding.weight.dtype)
+    for name, layer in adapted_layers(model, memory).items():
+        A = torch.empty(sets, *layer.stack, memory.rank, layer.in_features, dtype=dtype)
+        B = torch.zeros(sets, *layer.stack, layer.out_features, memory.rank, dtype=dtype, device=device)
+        weights[name] = (kaiming_uniform(A, generator).to(device), B)
     return Fast(weights, memory.alpha / memory.rank)
 
 
@@ -183,50 +242,176 @@ def draw_pre_anchor(masked: Tensor, maskable: Tensor, start_scale: float, genera
     return torch.zeros_like(masked).scatter(1, order, first)
 
 
-def stage_loss(
-    model: Transformer, batch: Batch, masked: Tensor, h: Tensor, fast: Fast, memory: Memory, weighted: bool
-) -> Tensor:
-    """Cross-entropy of *all* clean tokens under the mask ("broader supervision", Sec. 4.6), per set of fast weights: (N,).
+class Stage(NamedTuple):
+    """One state of the inner loop: what it masks (B, T), what the next state masks (None: there is none), its t (B,)."""
 
-    sum(w * nll) / number of loss positions, w = 1/t with t the fraction of maskable tokens that this state really masks.
+    masked: Tensor
+    following: Tensor | None
+    t: Tensor
+
+
+def masked_fraction(masked: Tensor, maskable: Tensor) -> Tensor:
+    """The share (B,) of maskable tokens that a state really masks: the inner loop's t."""
+    return masked.sum(1) / maskable.sum(1).clamp(min=1)
+
+
+def chain(masks: list[Tensor], maskable: Tensor, last: Tensor | None = None) -> list[Stage]:
+    """Stages that follow each other; after the last one comes `last`."""
+    return [Stage(mask, after, masked_fraction(mask, maskable)) for mask, after in zip(masks, [*masks[1:], last])]
+
+
+def reveal_evenly(masked: Tensor, kept: Tensor, steps: int, generator: torch.Generator) -> list[Tensor]:
+    """The nested states (B, T) between `masked` and `kept` on the way in `steps` steps, each of which reveals an even share
+    of what is left to reveal, rounded up."""
+    extra = masked & ~kept
+    chance = torch.rand(masked.shape, generator=generator).to(masked.device).masked_fill(~extra, 2.0)
+    rank, left, states = chance.argsort(dim=1).argsort(dim=1), extra.sum(1, keepdim=True), []
+    for more in range(steps - 1, 0, -1):  # steps after this one
+        left = left * more // (more + 1)
+        states.append(kept | (extra & (rank < left)))
+    return states
+
+
+def consistent(anchor: Anchor, maskable: Tensor, memory: Memory, generator: torch.Generator) -> list[Stage]:
+    """The paper's trajectory (published name: pmc): pre-anchor, for K > 2 evenly revealed states, anchor. K = 1: pre-anchor."""
+    pre_masked = draw_pre_anchor(anchor.masked, maskable, memory.start_scale, generator)
+    between = reveal_evenly(pre_masked, anchor.masked, memory.steps - 1, generator) if memory.steps > 2 else []
+    return chain([pre_masked, *between, anchor.masked][: memory.steps], maskable)
+
+
+def pre_anchor_only(anchor: Anchor, maskable: Tensor, memory: Memory, generator: torch.Generator) -> list[Stage]:
+    """Fig. 10 (published name: pre_only): stage 1 alone; its next state is the anchor."""
+    pre_masked = draw_pre_anchor(anchor.masked, maskable, memory.start_scale, generator)
+    return chain([pre_masked], maskable, last=anchor.masked)
+
+
+def anchor_only(anchor: Anchor, maskable: Tensor, memory: Memory, generator: torch.Generator) -> list[Stage]:
+    """Fig. 10 (published name: no_progressive): stage 2 alone, weighted by the *sampled* t."""
+    return [Stage(anchor.masked, None, anchor.t)]
+
+
+def inconsistent(anchor: Anchor, maskable: Tensor, memory: Memory, generator: torch.Generator) -> list[Stage]:
+    """Fig. 9 (published name: progressive_memory): masks of its own, unrelated to the anchor, from 80% down to 20%.
+
+    The first of several is a Bernoulli draw, the others mask int(n * ratio) of its tokens; t is the nominal ratio.
     """
-    h = model.run(h, memory_start(model, memory), model.config.layers, batch.attention_mask, fast)
-    nll = masked_nll(model, h, batch.x0, masked)  # (M,)
-    count = masked.sum(1)  # (B,)
-    t = count / batch.maskable.sum(1).clamp(min=1)
-    weight = 1 / (t + 1e-6) if weighted else torch.ones_like(t)
-    row = masked.nonzero()[:, 0]
-    total = torch.zeros_like(t, dtype=nll.dtype).index_add(0, row, weight[row].to(nll.dtype) * nll)  # (B,)
-    sets = len(next(iter(fast.weights.values()))[0])
-    return total.view(sets, -1).sum(1) / count.view(sets, -1).sum(1).clamp(min=1)  # (N,)
+    # In just this order of operations: the last one is a little below 0.2, which decides how 0.2 * 15 is rounded.
+    ratios = [0.8 + (0.2 - 0.8) * (k / (memory.steps - 1)) for k in range(memory.steps)] if memory.steps > 1 else [0.2]
+    chance = torch.rand(maskable.shape, generator=generator).to(maskable.device).masked_fill(~maskable, 2.0)
+    rank, n = chance.argsort(dim=1).argsort(dim=1), maskable.sum(1, keepdim=True)
+    first = chance < 0.8 if memory.steps > 1 else maskable
+    masks = [first & (rank < (n.double() * ratio).long()) for ratio in ratios]
+    stages = chain([first, *masks[1:]] if memory.steps > 1 else masks, maskable)
+    return [stage._replace(t=torch.full_like(stage.t, ratio)) for stage, ratio in zip(stages, ratios)]
+
+
+STRATEGIES = {
+    "consistent": consistent,
+    "pre_anchor_only": pre_anchor_only,
+    "anchor_only": anchor_only,
+    "inconsistent": inconsistent,
+}
+# The positions of a stage's loss. "all" is the broader supervision of Sec. 4.6; "newly_revealed" is Eq. 7 read literally.
+TARGETS = {
+    "all": lambda stage: stage.masked,
+    "newly_revealed": lambda stage: stage.masked if stage.following is None else stage.masked & ~stage.following,
+}
+
+
+def divergence(model: Transformer, of: Tensor, against: Tensor) -> Tensor:
+    """KL(against || of) per position, (M,), both given as the last layer's output (M, D)."""
+    log_of, log_against = (F.log_softmax(model.head(h), dim=-1, dtype=precise(h.dtype)) for h in (of, against))
+    return F.kl_div(log_of, log_against, reduction="none", log_target=True).sum(-1)
+
+
+INNER_LOSSES = {
+    "ce": lambda model, student, teacher, target: token_nll(model, student, target),
+    "kl": lambda model, student, teacher, target: divergence(model, student, teacher),  # KL(teacher || student)
+    "reverse_kl": lambda model, student, teacher, target: divergence(model, teacher, student),
+    "hidden_mse": lambda model, student, teacher, target: (model.norm(student) - model.norm(teacher)).square().mean(-1),
+    "hidden_cosine": lambda model, student, teacher, target: (
+        1 - F.cosine_similarity(model.norm(student), model.norm(teacher), dim=-1)
+    ),
+}
+
+
+class State(NamedTuple):
+    """A stage, made ready for the part of the stack that phi changes: the prefix's outputs (B, T, D) on what student and
+    teacher see. The teacher (distillation only) sees the next state, or where there is none the clean tokens."""
+
+    stage: Stage
+    h: Tensor
+    teacher_h: Tensor | None = None
+
+
+def prefix(model: Transformer, batch: Batch, masked: Tensor, memory: Memory) -> Tensor:
+    """The stack's output (B, T, D) at the place where phi begins to matter, on x0 masked by `masked`."""
+    return model.run(embed(model, batch.x0, masked), 0, memory_start(model, memory), batch.attention_mask)
+
+
+@torch.no_grad()
+def make_states(
+    model: Transformer, batch: Batch, stages: list[Stage], memory: Memory, anchor: tuple[Tensor, Tensor] | None = None
+) -> list[State]:
+    """Each mask's prefix once. anchor: a mask and its prefix's output that are there already."""
+    known = {id(mask): h for mask, h in ([anchor] if anchor else [])}
+    clean = torch.zeros_like(batch.maskable)
+
+    def of(mask: Tensor) -> Tensor:
+        if id(mask) not in known:
+            known[id(mask)] = prefix(model, batch, mask, memory)
+        return known[id(mask)]
+
+    def teacher(stage: Stage) -> Tensor | None:
+        return None if memory.loss == "ce" else of(clean if stage.following is None else stage.following)
+
+    return [State(stage, of(stage.masked), teacher(stage)) for stage in stages]
+
+
+def stage_loss(model: Transformer, batch: Batch, state: State, fast: Fast, memory: Memory, weighted: bool) -> Tensor:
+    """The inner loss of one state per set of fast weights, (N,): sum(w * loss) / number of loss positions, w = 1/t.
+
+    The published default is the cross-entropy of *all* clean tokens under the mask ("broader supervision", Sec. 4.6).
+    """
+    start, where = memory_start(model, memory), TARGETS[memory.targets](state.stage)  # where (B, T)
+    student = model.read(state.h, start, where, batch.attention_mask, fast)  # (M, D)
+    teacher = None
+    if state.teacher_h is not None:
+        with torch.no_grad():
+            teacher = model.read(state.teacher_h, start, where, batch.attention_mask, fast)
+    loss = INNER_LOSSES[memory.loss](model, student, teacher, batch.x0[where])  # (M,)
+    weight = 1 / (state.stage.t + 1e-6) if weighted else torch.ones_like(state.stage.t)  # (B,)
+    row, count = where.nonzero()[:, 0], where.sum(1)
+    total = torch.zeros_like(weight, dtype=loss.dtype).index_add(0, row, weight[row].to(loss.dtype) * loss)  # (B,)
+    return total.view(fast.sets(), -1).sum(1) / count.view(fast.sets(), -1).sum(1).clamp(min=1)  # (N,)
 
 
 def sgd(parameter: Tensor, grad: Tensor, loss: Tensor, memory: Memory) -> Tensor:
-    """parameter - lr * clipped grad for one A or B (N, ., .); loss (N,). Each tensor of each set is clipped alone.
+    """parameter - lr * clipped grad for one A or B (N, ., .), or (N, X, ., .) of experts; loss (N,).
 
-    A set whose loss is not finite keeps what it has; so does a tensor whose gradient is not.
+    Each matrix of each set, and of each expert, is clipped alone. A set whose loss is not finite keeps what it has; so
+    does a matrix whose gradient is not.
     """
-    norm = grad.flatten(1).norm(dim=1)  # (N,)
+    norm = grad.flatten(-2).norm(dim=-1)[..., None, None]  # (N, 1, 1) or (N, X, 1, 1)
     scale = (memory.clip / (norm + 1e-12)).clamp(max=1.0) if memory.clip > 0 else torch.ones_like(norm)
-    usable = loss.isfinite() & norm.isfinite()
-    return torch.where(usable[:, None, None], parameter - memory.lr * scale[:, None, None] * grad, parameter).detach()
+    usable = loss.isfinite().view(-1, *[1] * (grad.dim() - 1)) & norm.isfinite()
+    return torch.where(usable, parameter - memory.lr * scale * grad, parameter).detach()
 
 
 def inner_loop(
-    model: Transformer, batch: Batch, states: list[tuple[Tensor, Tensor]], fast: Fast, memory: Memory, weighted: bool = True
+    model: Transformer, batch: Batch, states: list[State], fast: Fast, memory: Memory, weighted: bool = True
 ) -> tuple[Fast, Tensor]:
-    """phi_0 -> phi_K, one SGD step per state (Eqs. 6-8).
+    """phi_0 -> phi_K, one SGD step per state (Eqs. 6-8), `memory.epochs` times over.
 
-    states: per stage the mask (B, T) and the prefix's output h (B, T, D) on that corrupted input.
     weighted: w = 1/t in training, 1 when a prompt is written (Sec. 4.5).
-    Returns phi_K, detached, and the losses (K, N) before each step.
+    Returns phi_K, detached, and the losses (K * epochs, N) before each step.
     """
     losses = []
-    for masked, h in states:
+    for state in states * memory.epochs:
         leaves = [p.detach().requires_grad_() for pair in fast.weights.values() for p in pair]
         fast = Fast(dict(zip(fast.weights, zip(leaves[::2], leaves[1::2]))), fast.scale)
         with torch.enable_grad():
-            loss = stage_loss(model, batch, masked, h, fast, memory, weighted)  # (N,): sets are independent, so one sum does
+            loss = stage_loss(model, batch, state, fast, memory, weighted)  # (N,): sets are independent, so one sum does
             grads = torch.autograd.grad(loss.sum(), leaves)
         leaves = [sgd(p, g, loss.detach(), memory) for p, g in zip(leaves, grads)]
         fast = Fast(dict(zip(fast.weights, zip(leaves[::2], leaves[1::2]))), fast.scale)
@@ -238,58 +423,80 @@ def inner_loop(
 
 
 def memdlm_loss(
-    model: Transformer, batch: Batch, anchor: Anchor, pre_masked: Tensor, fast: Fast, memory: Memory
+    model: Transformer,
+    batch: Batch,
+    anchor: Anchor,
+    stages: list[Stage],
+    fast: Fast,
+    memory: Memory,
+    norm: str = "token",
 ) -> tuple[Tensor, Tensor]:
-    """The MDLM loss on x_t with phi_2 in place, and the inner losses (2, N). First order: phi_2 is a constant.
+    """The MDLM loss on x_t with phi_K in place, and the inner losses (K, N). First order: phi_K is a constant.
 
     Three forwards and three backwards would be the naive way. Fast weights live in the last layers only, so the prefix's
     activations on x_t serve both stage 2 and this loss, x_tpre's prefix needs no graph, and the inner backwards end
     where the prefix does: about 4 + 3s units of work instead of 9, where plain MDLM costs 3 and s is the adapted share.
+    Sharing the prefix means that stage 2 and the outer step see one mask of the outer LoRA's dropout in it, where the
+    published code draws two.
     """
-    cut = memory_start(model, memory)
-    h = model.run(model.embedding(corrupt(batch.x0, anchor.masked)), 0, cut, batch.attention_mask)
-    with torch.no_grad():
-        h_pre = model.run(model.embedding(corrupt(batch.x0, pre_masked)), 0, cut, batch.attention_mask)
-    fast, inner = inner_loop(model, batch, [(pre_masked, h_pre), (anchor.masked, h.detach())], fast, memory)
-    return denoising_loss(model, batch, anchor, h, fast, cut), inner
+    h = prefix(model, batch, anchor.masked, memory)
+    states = make_states(model, batch, stages, memory, anchor=(anchor.masked, h.detach()))
+    fast, inner = inner_loop(model, batch, states, fast, memory)
+    return denoising_loss(model, batch, anchor, h, fast, memory_start(model, memory), norm), inner
 
 
-def standard_method(model: Transformer, batch: Batch, memory: Memory, generator: torch.Generator) -> Tensor:
+def standard_method(
+    model: Transformer, batch: Batch, memory: Memory, generator: torch.Generator, norm: str = "token"
+) -> Tensor:
     """Draws an anchor and returns the loss of Standard MDLM on it."""
-    return mdlm_loss(model, batch, draw_anchor(batch.maskable, generator))
+    return mdlm_loss(model, batch, draw_anchor(batch.maskable, generator), norm)
 
 
-def memory_method(model: Transformer, batch: Batch, memory: Memory, generator: torch.Generator) -> Tensor:
+def memory_method(model: Transformer, batch: Batch, memory: Memory, generator: torch.Generator, norm: str = "token") -> Tensor:
     """The same anchor as `standard_method` from the same generator, so that comparisons are paired; then MemDLM's loss."""
     anchor = draw_anchor(batch.maskable, generator)
-    pre_masked = draw_pre_anchor(anchor.masked, batch.maskable, memory.start_scale, generator)
+    stages = STRATEGIES[memory.strategy](anchor, batch.maskable, memory, generator)
     fast = init_fast(model, memory, SCOPES[memory.scope](len(batch.x0)), generator)
-    return memdlm_loss(model, batch, anchor, pre_masked, fast, memory)[0]
+    return memdlm_loss(model, batch, anchor, stages, fast, memory, norm)[0]
 
 
-def pretraining_method(model: Transformer, batch: Batch, memory: Memory, generator: torch.Generator) -> Tensor:
+def pretraining_method(
+    model: Transformer, batch: Batch, memory: Memory, generator: torch.Generator, norm: str = "token"
+) -> Tensor:
     """Mean NLL over masked tokens: Eq. 2 without the weight, less noisy, hence a denser signal from scratch."""
     masked = draw_anchor(batch.maskable, generator).masked
-    h = model.run(model.embedding(corrupt(batch.x0, masked)), 0, model.config.layers, batch.attention_mask)
-    return masked_nll(model, h, batch.x0, masked).sum() / masked.sum().clamp(min=1)
+    h = model.read(embed(model, batch.x0, masked), 0, masked, batch.attention_mask)
+    return token_nll(model, h, batch.x0[masked]).sum() / masked.sum().clamp(min=1)
 
 
 METHODS = {"base": pretraining_method, "mdlm": standard_method, "memdlm": memory_method}
 
 
-def train_step(model: Transformer, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float) -> bool:
-    """One AdamW step on theta, whose gradient alone is clipped (globally). False: not finite, nothing was changed."""
-    theta = [p for p in model.parameters() if p.requires_grad]
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, losses: Iterable[Tensor], clip: float) -> tuple[bool, float]:
+    """One AdamW step on theta, whose gradient alone is clipped (globally). Returns whether it was taken, and the loss: a
+    step that is not finite changes nothing.
+
+    losses: one for each micro-batch, made one at a time, so that only one graph exists; their gradients add up.
+    """
+    theta, total = [p for p in model.parameters() if p.requires_grad], 0.0
     optimizer.zero_grad()
-    loss.backward()
+    for loss in losses:
+        loss.backward()
+        total = total + loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(theta, clip if clip > 0 else math.inf)
-    finite = bool(loss.isfinite() & norm.isfinite())
+    total = all_mean(total)
+    finite = bool(total.isfinite() & norm.isfinite())
     if finite:
         optimizer.step()
-    return finite
+    return finite, total.item()
 
 
 # ---- training: a loop, its checkpoints, its log ---------------------------------------------------------------------------
+
+
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 if that is what we have: for losses, and for what small steps add up in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def generator_for(*key: int | str) -> torch.Generator:
@@ -311,9 +518,13 @@ class Phase(NamedTuple):
     clip: float
     memory: Memory
     draws: str  # key of the random draws: two phases with the same key see the same noise
-    batch_at: Callable[[int], Batch]
+    batch_at: Callable[[int, int], Batch]  # (step, number of the micro-batch in it)
     log_at: Callable[[Transformer, int], list[dict]] | None
     identity: dict  # what a checkpoint must match to be continued or reused
+    norm: str = "token"
+    accumulate: int = 1  # micro-batches per step and process
+    betas: tuple[float, float] = (0.9, 0.98)
+    theta_only: bool = False  # leave the frozen backbone out of the checkpoint
 
 
 def learning_rate(step: int, phase: Phase) -> float:
@@ -324,48 +535,110 @@ def learning_rate(step: int, phase: Phase) -> float:
     return phase.lr * 0.5 * (1 + math.cos(math.pi * max(0, step - (phase.steps - decay)) / decay))
 
 
-def train(
-    model: Transformer, phase: Phase, folder: Path, resume: bool, save_every: int, device: str, lora: dict | None = None
-) -> dict:
-    """Trains `model` in place, or takes it up where folder/<name>.safetensors stopped. Returns the checkpoint's metadata."""
-    path = folder / f"{phase.method}.safetensors"
-    meta = {"step": 0, "steps": phase.steps, "skipped": 0, "seconds": 0.0, "log": [], "lora": lora}
-    meta |= {"identity": phase.identity, "config": asdict(model.config)}
-    theta = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(theta, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    if path.exists() and (resume or phase.method == "base"):
-        tensors, saved = load_checkpoint(path)
-        if saved.get("identity") == meta["identity"]:
-            meta = saved
-            restore(model, optimizer, tensors, device, path)
-            print(f"{phase.method}: taken up from {path} at step {meta['step']} of {phase.steps}")
-        elif resume and (saved.get("identity") or {}) | {"data": None} == meta["identity"] | {"data": None}:
-            raise UserError(f"--resume: the data has changed since {path} was saved. Leave --resume out to start again.")
-    bar = tqdm(range(meta["step"], phase.steps), phase.method, initial=meta["step"], total=phase.steps, mininterval=1, delay=2)
-    clock = time.monotonic()
-    for step in bar:
-        if phase.log_at:
-            meta["log"] += phase.log_at(model, step)
-        model.train()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, phase)
-        generator = generator_for(phase.seed, phase.draws, step)
+class Objective(nn.Module):
+    """A method's loss as a module, for DistributedDataParallel, which averages gradients around `forward`. The fast weights
+    are made and dropped inside of it: they stay local to their process."""
+
+    def __init__(self, model: Transformer, phase: Phase):
+        super().__init__()
+        self.model, self.phase = model, phase
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        return METHODS[self.phase.method](self.model, batch, self.phase.memory, generator, self.phase.norm)
+
+
+def processes() -> tuple[int, int]:
+    """This process's rank and the number of processes: (0, 1) unless started by torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def all_mean(value: Tensor) -> Tensor:
+    """Mean over the processes, so that all of them take the same decision."""
+    if dist.is_initialized():
+        dist.all_reduce(value := value.clone())
+        value = value / dist.get_world_size()
+    return value
+
+
+def micro_losses(objective: nn.Module, phase: Phase, step: int) -> Iterator[Tensor]:
+    """This process's losses in one step, one after the other. All random draws depend on (seed, step, micro-batch) alone, so
+    that N processes with one micro-batch each do what one process does with N."""
+    rank, world = processes()
+    for i in range(phase.accumulate):
+        micro = i * world + rank
+        generator = generator_for(phase.seed, phase.draws, step, *([micro] if micro else []))
         torch.manual_seed(generator.initial_seed())  # for LoRA's dropout alone: all other draws use `generator`
-        loss = METHODS[phase.method](model, phase.batch_at(step), phase.memory, generator)
-        meta["skipped"] += not train_step(model, optimizer, loss, phase.clip)
-        meta["step"] = step + 1
-        bar.set_postfix(loss=f"{loss.item():.3f}", skipped=meta["skipped"], refresh=False)
-        if (step + 1) % save_every == 0 and step + 1 < phase.steps:
-            meta["seconds"], clock = meta["seconds"] + time.monotonic() - clock, time.monotonic()
-            save_checkpoint(path, training_state(model, optimizer), meta)
-    if meta["step"] == phase.steps and not meta.get("done"):
-        meta["log"] += phase.log_at(model, phase.steps) if phase.log_at else []
-        meta["seconds"], meta["done"] = meta["seconds"] + time.monotonic() - clock, True
-        save_checkpoint(path, training_state(model, None), meta)
+        wait = isinstance(objective, DistributedDataParallel) and i < phase.accumulate - 1
+        with objective.no_sync() if wait else nullcontext():  # still open while the caller runs the backward
+            yield objective(phase.batch_at(step, micro), generator) / phase.accumulate
+
+
+def start_state(
+    model: Transformer, optimizer: torch.optim.Optimizer, phase: Phase, path: Path, resume: bool, meta: dict
+) -> dict:
+    """`meta`, or that of the checkpoint at `path` if this run may go on from there, with weights and optimizer restored."""
+    if not path.exists() or not (resume or phase.method == "base"):
+        return meta
+    tensors, saved = load_checkpoint(path)
+    if saved.get("identity") == meta["identity"]:
+        restore(model, optimizer, tensors, path)
+        say(f"{phase.method}: taken up from {path} at step {saved['step']} of {phase.steps}")
+        return saved
+    saved = saved.get("identity") or {}
+    different = [key for key, value in meta["identity"].items() if saved.get(key) != value]
+    if resume and different == ["data"]:
+        raise UserError(f"--resume: the data has changed since {path} was saved. Leave --resume out to start again.")
+    if resume and different == ["processes"]:
+        raise UserError(f"--resume: {path} was saved by {saved['processes']} processes; start as many, or leave --resume out.")
     return meta
 
 
-# ---- the --tiny experiment -------------------------------------------------------------------------------------------------
+def say(text: str) -> None:
+    """Prints once, however many processes there are."""
+    if processes()[0] == 0:
+        print(text)
+
+
+def train(model: Transformer, phase: Phase, folder: Path, resume: bool, save_every: int, lora: dict | None = None) -> dict:
+    """Trains `model` in place, or takes it up where folder/<name>.safetensors stopped. Returns the checkpoint's metadata.
+
+    Under torchrun every process trains, and the first alone measures, shows progress and writes.
+    """
+    path, (rank, world) = folder / f"{phase.method}.safetensors", processes()
+    meta = {"step": 0, "steps": phase.steps, "skipped": 0, "seconds": 0.0, "log": [], "lora": lora}
+    meta |= {"identity": phase.identity, "config": asdict(model.config)}
+    theta = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(theta, betas=phase.betas, weight_decay=0.0, fused=True)
+    meta, objective = start_state(model, optimizer, phase, path, resume, meta), Objective(model, phase)
+    if world > 1:
+        objective = DistributedDataParallel(objective, init_sync=False)
+
+    def save(**news) -> None:
+        meta.update(news, seconds=meta["seconds"] + time.monotonic() - clock)
+        if rank == 0:
+            state = training_state(model, None if meta.get("done") else optimizer, phase.theta_only)
+            save_checkpoint(path, state, meta)
+
+    clock, shown = time.monotonic(), {"initial": meta["step"], "total": phase.steps, "mininterval": 1, "delay": 2}
+    bar = tqdm(range(meta["step"], phase.steps), phase.method, disable=rank > 0, **shown)
+    for step in bar:
+        meta["log"] += phase.log_at(model, step) if phase.log_at and rank == 0 else []
+        model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, phase)
+        taken, loss = train_step(model, optimizer, micro_losses(objective, phase, step), phase.clip)
+        meta["skipped"], meta["step"] = meta["skipped"] + (not taken), step + 1
+        bar.set_postfix(loss=f"{loss:.3f}", skipped=meta["skipped"], refresh=False)
+        if (step + 1) % save_every == 0 and step + 1 < phase.steps:
+            save()
+            clock = time.monotonic()
+    if meta["step"] == phase.steps and not meta.get("done"):
+        meta["log"] += phase.log_at(model, phase.steps) if phase.log_at and rank == 0 else []
+        save(done=True)
+    return meta
+
+
+# ---- fine-tuning on pairs, tiny or real ------------------------------------------------------------------------------------
 
 
 def memory_settings(config: dict) -> Memory:
@@ -374,37 +647,184 @@ def memory_settings(config: dict) -> Memory:
     return Memory(**chosen, start_scale=config["start_scale"])
 
 
-def fine_tuning_data(args: argparse.Namespace, seed: int) -> tuple[list[data.Example], list[data.Example]]:
-    """Training and held-out pairs: --data's own, split 95 / 5 (seed 42, Sec. 4.1), or the tasks', noisy in training."""
+def split_pairs(pairs: list[data.Example]) -> tuple[list[data.Example], list[data.Example]]:
+    """95% to train on, 5% held out, split by seed 42 (Sec. 4.1)."""
+    order, held = np.random.default_rng(42).permutation(len(pairs)), max(1, len(pairs) // 20)
+    return [pairs[i] for i in order[held:]] or pairs, [pairs[i] for i in order[:held]]
+
+
+class Pairs(NamedTuple):
+    """What a fine-tuning reads: examples, which of them make up a micro-batch, and how they become a batch."""
+
+    train: list[data.Example]
+    held_out: list[data.Example]
+    indices_at: Callable[[int, int], Iterable[int]]  # (step, micro-batch)
+    collate: Callable[[list[data.Example]], Batch]
+
+    def batch_at(self, step: int, micro: int) -> Batch:
+        return self.collate([self.train[i] for i in self.indices_at(step, micro)])
+
+    def measured(self, most: int, size: int) -> list[list[Batch]]:
+        """At most `most` training and as many held-out examples, evenly picked, in batches of `size`."""
+        picked = [part[:: -(-len(part) // most)] for part in (self.train, self.held_out)]
+        return [[self.collate(part[i : i + size]) for i in range(0, len(part), size)] for part in picked]
+
+
+def fine_tune(
+    args: argparse.Namespace, model: Transformer, pairs: Pairs, method: str, seed: int, folder: Path, eval_every: int, **more
+) -> dict:
+    """Trains theta, the model's parameters or its outer LoRA, by one of METHODS. Returns the checkpoint's metadata.
+
+    The losses are measured every `eval_every` steps: with memory, which leaks, and without. more: further fields of Phase.
+    """
+    import eval_niah
+
+    memory, size = memory_settings(settings(args)), 64 if args.dial == "tiny" else args.batch
+    train_set, held_out = pairs.measured(64 if args.dial == "tiny" else args.eval_examples, size)
+
+    def log_at(model: Transformer, step: int) -> list[dict]:
+        if step % eval_every and step != more["steps"]:
+            return []
+        losses = eval_niah.measure_losses(model, train_set, held_out, memory, seed)
+        return [{"method": method, "step": step, **losses, "seed": seed}]
+
+    identity = {**settings(args), "seed": seed, "method": method, "data": zlib.crc32(repr(pairs.train).encode())}
+    identity |= {"processes": processes()[1]}
+    draws = {"draws": "fine-tune", "batch_at": pairs.batch_at, "log_at": log_at, "norm": args.loss_norm}
+    rate = {"lr": args.lr, "warmup": args.warmup, "decay": 1 - args.warmup, "clip": args.clip}
+    phase = Phase(method=method, seed=seed, memory=memory, identity=identity, **draws, **rate, **more)
+    lora = {"rank": args.lora_rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout} if args.lora_rank else None
+    if lora:
+        add_outer_lora(model, **lora, generator=generator_for(seed, "lora"))
+        say("LoRA " + covered(model, lambda layer: layer.lora_A is not None))
+    return train(model, phase, folder, args.resume, args.save_every, lora)
+
+
+# ---- a real backbone -------------------------------------------------------------------------------------------------------
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def backbone_tokenizer(args: argparse.Namespace) -> data.Tokenizer:
+    """The checkpoint's. Random weights without one take the tiny tokenizer: any text will do for memory and speed."""
+    if args.random_weights and not (Path(args.backbone) / "tokenizer.json").exists():
+        known = BACKBONES.get(args.backbone, ("", {}))[1]
+        return replace(data.TINY, mask=known.get("mask_id", data.MASK))
+    return data.load_tokenizer(find_checkpoint(args.backbone), args.plain)
+
+
+def load_backbone(args: argparse.Namespace, tokenizer: data.Tokenizer, device: str) -> Transformer:
+    """The model that --backbone and its companions name, frozen and in eval mode; it agrees with `tokenizer` on [MASK]."""
+    dtype = DTYPES["bfloat16" if args.dtype == "auto" and device.startswith("cuda") else args.dtype.replace("auto", "float32")]
+    if args.load_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--load-4bit needs bitsandbytes: pip install bitsandbytes.")
+    load = random_llada if args.random_weights else load_llada
+    model = load(args.backbone, device, dtype, args.load_4bit).requires_grad_(False)
+    if model.config.mask_id not in (None, tokenizer.mask) or tokenizer.mask >= model.config.vocab_size:
+        raise UserError(f"{args.backbone}: [MASK] is {tokenizer.mask} in the tokenizer, {model.config.mask_id} in config.json.")
+    model.config.mask_id = tokenizer.mask
+    if args.load_4bit:
+        say("NF4 " + covered(model, lambda layer: layer.quantized is not None))
+    return model
+
+
+def covered(model: Transformer, has: Callable[[Linear], bool]) -> str:
+    """ "on N of M linear layers"; stops if one was left out."""
+    layers = linear_layers(model)
+    text = f"on {count(layer for layer in layers.values() if has(layer))} of {count(layers.values())} linear layers"
+    if left := [name for name, layer in layers.items() if not has(layer)]:
+        raise UserError(f"{text}: {left[0]} was left out. This is a fault of the program.")
+    return text
+
+
+def read_backbone_pairs(args: argparse.Namespace, tokenizer: data.Tokenizer, device: str) -> Pairs:
+    """--data in length-grouped batches; pairs longer than --max-length are left out, and counted."""
+    examples, dropped = data.read_pairs(args.data, tokenizer, args.max_length)
+    train_set, held_out = split_pairs(examples)
+    say(
+        f"{len(train_set)} pairs to train on, {len(held_out)} held out, {dropped} longer than {args.max_length} tokens left out"
+    )
+    lengths = [len(pair.prompt) + len(pair.response) for pair in train_set]
+    per_step, per_epoch = args.accumulate * processes()[1], -(-len(train_set) // args.batch)
+
+    @lru_cache(maxsize=2)
+    def batches(epoch: int) -> list[list[int]]:
+        return data.length_grouped(lengths, args.batch, args.seed, epoch)
+
+    def indices_at(step: int, micro: int) -> list[int]:
+        epoch, place = divmod(step * per_step + micro, per_epoch)
+        return batches(epoch)[place]
+
+    return Pairs(train_set, held_out, indices_at, lambda part: data.collate(part, device, args.pads, tokenizer.eos))
+
+
+def run_backbone(args: argparse.Namespace, device: str) -> None:
+    """Fine-tunes a real backbone and writes DIR/adapter/ and DIR/results.json."""
+    import eval_niah
+
+    out, (rank, world) = Path(args.out), processes()
+    if not args.data:
+        raise UserError('--backbone needs --data: a JSONL of {"prompt", "response"}, or LongAlpaca (Yukang/LongAlpaca-12k).')
+    start_run(args, out)
+    tokenizer = backbone_tokenizer(args)
+    pairs = read_backbone_pairs(args, tokenizer, device)  # a fault in the data shows before the weights are loaded
+    model = load_backbone(args, tokenizer, device)
+    model.checkpointing = args.checkpoint_activations
+    steps = args.steps or math.ceil(args.epochs * len(pairs.train) / (args.batch * args.accumulate * world))
+    more = {"steps": steps, "accumulate": args.accumulate, "betas": (0.9, 0.999), "theta_only": True}
+    meta = fine_tune(args, model, pairs, args.method, args.seed, out, args.eval_every, **more)
+    if rank > 0:
+        return
+    save_adapter(model, out / "adapter", args.lora_rank, args.lora_alpha, args.lora_dropout, args.backbone)
+    results = {"config": settings(args), "machine": eval_niah.machine(device, str(model.embedding.weight.dtype)[6:])}
+    results |= {"processes": world, "pairs": {"train": len(pairs.train), "held_out": len(pairs.held_out)}, "steps": steps}
+    results |= {"seconds": meta["seconds"], "peak_memory_gib": eval_niah.peak_memory(device)}
+    results |= {"skipped_updates": meta["skipped"], "loss": meta["log"]}
+    write_json(out / "results.json", results)
+    for record in meta["log"][:: max(1, len(meta["log"]) - 1)]:
+        print(", ".join(f"{key} {record[key]}" for key in ("step", *eval_niah.LOSSES)))
+    print(f"Outer updates skipped as not finite: {meta['skipped']} of {steps}. Written to {out}/: adapter/, results.json.")
+
+
+# ---- the --tiny experiment -------------------------------------------------------------------------------------------------
+
+
+def tiny_pairs(args: argparse.Namespace, seed: int, device: str) -> Pairs:
+    """--data's own pairs, or the tasks', noisy in training; micro-batches drawn without replacement."""
     if args.data:
-        pairs = data.read_jsonl(args.data, args.max_length)
-        order = np.random.default_rng(42).permutation(len(pairs))
-        held = max(1, len(pairs) // 20)
-        return [pairs[i] for i in order[held:]] or pairs, [pairs[i] for i in order[:held]]
+        train_set, held_out = split_pairs(data.read_jsonl(args.data, args.max_length))
+    else:
 
-    def draw(split: str, n: int, noise: float) -> list[data.Example]:
-        key = data.split_seed(seed, split)
-        return [pair for task in data.TASKS for pair in data.make_examples(task, n, args.length, key, noise)]
+        def draw(split: str, n: int, noise: float) -> list[data.Example]:
+            key = data.split_seed(seed, split)
+            return [pair for task in data.TASKS for pair in data.make_examples(task, n, args.length, key, noise)]
 
-    return draw("train", args.examples // len(data.TASKS), args.noise), draw("held out", 16, 0.0)
+        train_set, held_out = draw("train", args.examples // len(data.TASKS), args.noise), draw("held out", 16, 0.0)
+
+    def indices_at(step: int, micro: int) -> np.ndarray:
+        return np.random.default_rng([seed, step]).choice(len(train_set), min(args.batch, len(train_set)), replace=False)
+
+    return Pairs(train_set, held_out, indices_at, lambda part: data.collate(part, device, args.pads))
 
 
 def pretrain(args: argparse.Namespace, seed: int, folder: Path, device: str) -> tuple[Transformer, dict]:
     """The base: Standard MDLM on fresh documents, short ones first, without memory and without noise."""
-    model = init_weights(Transformer(Config(data.VOCAB_SIZE)), torch.Generator().manual_seed(seed)).to(device)
+    config = Config(data.VOCAB_SIZE, data.MASK)
+    model = init_weights(Transformer(config), torch.Generator().manual_seed(seed)).to(device)
 
-    def batch_at(step: int) -> Batch:
+    def batch_at(step: int, micro: int) -> Batch:
         early, many = step < args.pretrain_steps // 2, step < args.pretrain_steps * 0.6
         length, questions = (args.length * 2 // 3 if early else args.length), (3 if many else 1)
         return data.pretraining_batch(seed, step, args.pretrain_batch, length, questions, 0.3, device)
 
     identity = {key: getattr(args, key) for key in ("length", "pretrain_steps", "pretrain_batch", "pretrain_lr")}
-    identity |= {"seed": seed, "model": asdict(model.config), "data": data.fingerprint()}
+    sizes = asdict(model.config) | {"moe_layers": list(model.config.moe_layers)}  # as JSON gives them back
+    identity |= {"seed": seed, "model": sizes, "data": data.fingerprint()}
     steps, lr = args.pretrain_steps, args.pretrain_lr  # then 3% warm-up, 30% decay, clip 1.0
     phase = Phase("base", seed, steps, lr, 0.03, 0.3, 1.0, Memory(), "pretrain", batch_at, None, identity)
     if args.bases:
         copy_base(Path(args.bases) / folder.name / "base.safetensors", folder / "base.safetensors", identity)
-    return model, train(model, phase, folder, args.resume, args.save_every, device)
+    return model, train(model, phase, folder, args.resume, args.save_every)
 
 
 def copy_base(source: Path, target: Path, identity: dict) -> None:
@@ -415,35 +835,6 @@ def copy_base(source: Path, target: Path, identity: dict) -> None:
         reason = f"differs in {', '.join(different)}" if different else "is not finished"
         raise UserError(f"--bases: {source} {reason}. Leave --bases out to pretrain a base for this run.")
     save_checkpoint(target, tensors, meta)
-
-
-def fine_tune(
-    args: argparse.Namespace, base: Transformer, method: str, seed: int, folder: Path, device: str
-) -> tuple[Transformer, dict]:
-    """Standard MDLM or MemDLM from the same base on identical batches with identical anchors."""
-    import eval_niah
-
-    train_set, held_out = fine_tuning_data(args, seed)
-    model, memory, lora = copy.deepcopy(base), memory_settings(settings(args)), None
-    if args.lora_rank:
-        lora = {"rank": args.lora_rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
-        add_outer_lora(model, **lora, generator=generator_for(seed, "lora"))
-
-    def batch_at(step: int) -> Batch:
-        rows = np.random.default_rng([seed, step]).choice(len(train_set), min(args.batch, len(train_set)), replace=False)
-        return data.collate([train_set[i] for i in rows], device, args.pads)
-
-    measured = [data.collate(part[:: -(-len(part) // 64)], device, args.pads) for part in (train_set, held_out)]
-
-    def log_at(model: Transformer, step: int) -> list[dict]:
-        if step % max(1, args.steps // 10) and step != args.steps:
-            return []
-        return [{"method": method, "step": step, **eval_niah.measure_losses(model, *measured, memory, seed), "seed": seed}]
-
-    identity = {**settings(args), "seed": seed, "method": method, "data": zlib.crc32(repr(train_set).encode())}
-    steps, draws = (args.steps, args.lr, args.warmup, 1 - args.warmup, args.clip), "fine-tune"
-    phase = Phase(method, seed, *steps, memory, draws, batch_at, log_at, identity)
-    return model, train(model, phase, folder, args.resume, args.save_every, device, lora)
 
 
 def run_seed(args: argparse.Namespace, seed: int, device: str) -> dict:
@@ -457,8 +848,10 @@ def run_seed(args: argparse.Namespace, seed: int, device: str) -> dict:
         return saved
     models, metas = {}, {}
     models["base"], metas["base"] = pretrain(args, seed, folder, device)
-    for method in ("mdlm", "memdlm"):
-        models[method], metas[method] = fine_tune(args, models["base"], method, seed, folder, device)
+    pairs = tiny_pairs(args, seed, device)
+    for method in ("mdlm", "memdlm"):  # from the same base, on identical batches with identical anchors
+        models[method], every = copy.deepcopy(models["base"]), max(1, args.steps // 10)
+        metas[method] = fine_tune(args, models[method], pairs, method, seed, folder, every, steps=args.steps)
     for model in models.values():
         model.eval()
     clock, write = time.monotonic(), sample.write_settings(settings(args))
@@ -478,7 +871,7 @@ def run_tiny(args: argparse.Namespace, device: str) -> None:
     import sample
 
     out = Path(args.out)
-    fine_tuning_data(args, args.seed)  # a fault in --data shows now, before any work
+    tiny_pairs(args, args.seed, device)  # a fault in --data shows now, before any work
     start_run(args, out)
     runs = [run_seed(args, seed, device) for seed in range(args.seed, args.seed + args.seeds)]
     results = {"config": settings(args), "machine": eval_niah.machine(device)}
@@ -498,12 +891,12 @@ def run_tiny(args: argparse.Namespace, device: str) -> None:
     print(f"Outer updates skipped as not finite: {skipped}. Written to {out}/.")
 
 
-def read_config(out: Path) -> dict:
+def read_config(out: Path, dial: str = "tiny") -> dict:
     """A run's settings, from its config.json."""
     if not (out / "config.json").exists():
-        raise UserError(f"there is no run in {out}: it has no config.json. Train one with python memdlm.py --tiny --out {out}.")
+        raise UserError(f"there is no run in {out}: it has no config.json. Train one with memdlm.py, without --resume.")
     config = read_json(out / "config.json")
-    if not isinstance(config, dict) or not settings(build_parser().parse_args([])).keys() <= config.keys():
+    if not settings(build_parser(dial).parse_args([])).keys() <= config.keys():
         raise UserError(f"{out}/config.json was not written by this program; name a folder of a run.")
     return config
 
@@ -511,13 +904,14 @@ def read_config(out: Path) -> dict:
 def start_run(args: argparse.Namespace, out: Path) -> None:
     """Checks that the folder can be written, and that --resume continues the run that is there."""
     if args.resume:
-        saved = read_config(out)
+        saved = read_config(out, args.dial)
         for name, value in settings(args).items():
             if saved.get(name) != value:
                 flag = name.replace("_", "-")
                 raise UserError(f"--resume: the run in {out} was started with --{flag} {saved.get(name)}, not {value}.")
     check_writable(out)
-    write_json(out / "config.json", settings(args))
+    if processes()[0] == 0:
+        write_json(out / "config.json", settings(args))
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -529,46 +923,28 @@ def settings(args: argparse.Namespace) -> dict:
 # ---- command line -------------------------------------------------------------------------------------------------------
 
 
-def build_parser() -> Parser:
+# The two dials set the rest: what --tiny changes for a small model on a small set, and the paper's own settings (Sec. 4.1).
+PRESETS = {
+    "tiny": {"out": "runs/tiny", "steps": 300, "batch": 16, "lr": 1e-3, "lora_rank": 0}
+    | {"memory_rank": 8, "memory_alpha": 16.0, "memory_lr": 1.0, "memory_fraction": 0.5, "memory_scope": "sample"},
+    "backbone": {"out": "runs/backbone", "steps": 0, "batch": 2, "lr": 2e-5, "lora_rank": 32}
+    | {"memory_rank": 32, "memory_alpha": 64.0, "memory_lr": 0.1, "memory_fraction": 0.1, "memory_scope": "batch"},
+}
+
+
+def tiny_flags(flag: Callable) -> None:
+    """Flags of --tiny alone."""
     import sample
 
-    parser = Parser("Trains Standard MDLM and MemDLM and compares them. Paper values in brackets.")
-    flag = parser.add_argument
     flag("--tiny", action="store_true", help="the laptop experiment: pretrain a base, fine-tune it twice, compare")
-    flag("--out", default="runs/tiny", help="folder for everything that is written")
     flag("--bases", help="folder of another run whose pretrained bases are used (default: --out)")
-    flag("--resume", action="store_true", help="go on with the run in --out")
-    flag("--save-every", type=whole(1), default=100, help="steps between checkpoints")
-    flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    flag("--seed", type=whole(0, 2**32 - 1), default=0, help="first seed: base, data and noise")
     flag("--seeds", type=whole(1), default=1, help="how many seeds to run, one after the other")
-    # data
-    flag("--data", help='JSONL of {"prompt", "response"} that replaces the fine-tuning set')
-    flag("--max-length", type=whole(2), default=4096, help="longest pair accepted in --data, in tokens [4096, Sec. 4.1]")
     flag("--examples", type=whole(4, multiple=4), default=64, help="size of the fine-tuning set")
     flag("--noise", type=real(0, 1), default=0.5, help="share of answer words replaced at random in the fine-tuning set")
     flag("--length", type=whole(64, 1024), default=96, help="training length in tokens: 1x")
-    flag("--pads", choices=list(data.PADS), default="learn", help="EOS padding: a target like any token, or hidden [learn]")
-    # outer loop
     flag("--pretrain-steps", type=whole(1), default=2400, help="steps of the base's pretraining")
     flag("--pretrain-batch", type=whole(4, multiple=4), default=64, help="sequences per pretraining step")
     flag("--pretrain-lr", type=real(0), default=4e-3, help="peak learning rate of the pretraining")
-    flag("--steps", type=whole(1), default=300, help="fine-tuning steps [5 epochs, Sec. 4.1]")
-    flag("--batch", type=whole(1), default=16, help="pairs per fine-tuning step [2, Sec. 4.1]")
-    flag("--lr", type=real(0), default=1e-3, help="peak learning rate of the fine-tuning [2e-5, Sec. 4.1]")
-    flag("--warmup", type=real(0, 1), default=0.1, help="share of the fine-tuning steps with rising rate [0.1, Sec. 4.1]")
-    flag("--clip", type=real(0), default=1.0, help="clips the global norm of theta's gradient, 0 = off [1.0, Sec. 4.1]")
-    flag("--lora-rank", type=whole(0), default=0, help="0 trains all weights; else an outer LoRA of this rank [32, Sec. 4.1]")
-    flag("--lora-alpha", type=real(0), default=64.0, help="alpha of the outer LoRA [64, Sec. 4.1]")
-    flag("--lora-dropout", type=real(0, 0.99), default=0.05, help="dropout of the outer LoRA [0.05, Sec. 4.1]")
-    # inner loop
-    flag("--memory-rank", type=whole(1), default=8, help="rank of the fast weights [32, Sec. 4.1]")
-    flag("--memory-alpha", type=real(0), default=16.0, help="alpha of the fast weights [64, Sec. 4.1]")
-    flag("--memory-lr", type=real(0), default=1.0, help="step size of the inner loop [0.1, Sec. 4.1]")
-    flag("--memory-clip", type=real(-math.inf), default=1.0, help="clips each fast tensor's gradient, 0: off [1.0, Sec. 4.1]")
-    flag("--memory-fraction", type=real(0.01, 1), default=0.5, help="last share of layers with fast weights [0.1, Sec. 4.1]")
-    flag("--memory-scope", choices=list(SCOPES), default="sample", help="one set of fast weights per sample or batch [batch]")
-    flag("--start-scale", type=real(1), default=1.5, help="s: how much further the pre-anchor is masked [1.5, Sec. 4.1]")
     # memory at inference
     flag("--write", choices=list(sample.WRITE_RULES), default="surprise", help="how a prompt is written [paper, Sec. 4.5]")
     flag("--write-lr", type=real(0), default=0.5, help="step size of that [0.1, Sec. 4.5]")
@@ -579,14 +955,102 @@ def build_parser() -> Parser:
     flag("--tasks", nargs="+", choices=list(data.TASKS), default=list(data.TASKS), help="tasks to evaluate")
     flag("--lengths", nargs="+", type=whole(64, 8192), help="lengths to evaluate (default: 1x, 2x and 4x --length)")
     flag("--samples", type=whole(1), default=64, help="test examples per task and length")
+
+
+def backbone_flags(flag: Callable) -> None:
+    """What names a real backbone, for training and for sampling."""
+    flag("--backbone", help=f"a folder, OWNER/NAME on the hub, or {', '.join(BACKBONES)}")
+    flag("--random-weights", action="store_true", help="real sizes, random weights: to try memory and speed")
+    flag("--load-4bit", action="store_true", help="NF4 weights, double quantization (bitsandbytes) [on, Sec. 4.1]")
+    flag("--dtype", choices=("auto", *DTYPES), default="auto", help="of weights and activations: bfloat16 on a GPU [bfloat16]")
+    flag("--plain", action="store_true", help="prompts as they are, without the chat template")
+
+
+def training_flags(flag: Callable) -> None:
+    """Flags of --backbone alone, for training."""
+    flag("--method", choices=("mdlm", "memdlm"), default="memdlm", help="Standard MDLM is the baseline")
+    flag("--epochs", type=whole(1), default=5, help="passes through --data where --steps is 0 [5, Sec. 4.1]")
+    flag("--accumulate", type=whole(1), default=1, help="micro-batches of --batch pairs per step and GPU [1]")
+    flag("--checkpoint-activations", action="store_true", help="recompute activations in the backward: less memory, more time")
+    flag("--eval-every", type=whole(1), default=100, help="steps between measurements of the losses")
+    flag("--eval-examples", type=whole(1), default=16, help="how many training and held-out pairs are measured")
+
+
+def build_parser(dial: str = "tiny") -> Parser:
+    parser = Parser(
+        "Trains Standard MDLM and MemDLM. Paper values in brackets. --backbone X --help shows a real backbone's flags."
+    )
+    flag, preset = parser.add_argument, PRESETS[dial]
+    parser.set_defaults(dial=dial)
+    flag("--out", default=preset["out"], help="folder for everything that is written")
+    flag("--resume", action="store_true", help="go on with the run in --out")
+    flag("--save-every", type=whole(1), default=100, help="steps between checkpoints")
+    flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    flag("--seed", type=whole(0, 2**32 - 1), default=0, help="first seed: base, data and noise")
+    if dial == "tiny":
+        tiny_flags(flag)
+    else:
+        backbone_flags(flag)
+        training_flags(flag)
+    # data
+    flag("--data", help='JSONL of {"prompt", "response"} to fine-tune on; with --backbone also LongAlpaca [LongAlpaca-12k]')
+    flag("--max-length", type=whole(2), default=4096, help="longest pair taken from --data, in tokens [4096, Sec. 4.1]")
+    flag("--pads", choices=list(data.PADS), default="learn", help="EOS padding: a target like any token, or hidden [learn]")
+    # outer loop
+    flag("--steps", type=whole(int(dial == "tiny")), default=preset["steps"], help="fine-tuning steps [5 epochs, Sec. 4.1]")
+    flag("--batch", type=whole(1), default=preset["batch"], help="pairs per fine-tuning step [2, Sec. 4.1]")
+    flag("--lr", type=real(0), default=preset["lr"], help="peak learning rate of the fine-tuning [2e-5, Sec. 4.1]")
+    flag("--warmup", type=real(0, 1), default=0.1, help="share of the fine-tuning steps with rising rate [0.1, Sec. 4.1]")
+    flag("--clip", type=real(0), default=1.0, help="clips the global norm of theta's gradient, 0 = off [1.0, Sec. 4.1]")
+    flag("--loss-norm", choices=list(NORMS), default="token", help="what the outer loss is averaged over [token]")
+    flag(
+        "--lora-rank",
+        type=whole(int(dial != "tiny")),
+        default=preset["lora_rank"],
+        help="of the outer LoRA, 0 = none [32, Sec. 4.1]",
+    )
+    flag("--lora-alpha", type=real(0), default=64.0, help="alpha of the outer LoRA [64, Sec. 4.1]")
+    flag("--lora-dropout", type=real(0, 0.99), default=0.05, help="dropout of the outer LoRA [0.05, Sec. 4.1]")
+    # inner loop
+    flag("--memory-rank", type=whole(1), default=preset["memory_rank"], help="rank of the fast weights [32, Sec. 4.1]")
+    flag("--memory-alpha", type=real(0), default=preset["memory_alpha"], help="alpha of the fast weights [64, Sec. 4.1]")
+    flag("--memory-lr", type=real(0), default=preset["memory_lr"], help="step size of the inner loop [0.1, Sec. 4.1]")
+    flag("--memory-clip", type=real(-math.inf), default=1.0, help="clips each fast tensor's gradient, 0: off [1.0, Sec. 4.1]")
+    flag("--memory-fraction", type=real(0.01, 1), default=preset["memory_fraction"], help="last share of layers adapted [0.1]")
+    flag("--memory-scope", choices=list(SCOPES), default=preset["memory_scope"], help="who shares a set of phi [batch]")
+    flag("--memory-steps", type=whole(1), default=2, help="K: stages of the inner loop [2, Sec. 3; Fig. 11]")
+    flag("--memory-epochs", type=whole(1), default=1, help="how often they are gone through, also in each write [1]")
+    flag("--memory-strategy", choices=list(STRATEGIES), default="consistent", help="its states [consistent, Figs. 9, 10]")
+    flag("--memory-loss", choices=list(INNER_LOSSES), default="ce", help="what it learns from them [ce, Fig. 6]")
+    flag("--memory-targets", choices=list(TARGETS), default="all", help="at which masked positions [all, Sec. 4.6]")
+    flag("--start-scale", type=real(1), default=1.5, help="s: how much further the pre-anchor is masked [1.5, Sec. 4.1]")
     return parser
 
 
+def start_processes(device: str) -> str:
+    """Under torchrun: joins the other processes, each on a GPU of its own."""
+    if "LOCAL_RANK" not in os.environ:
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return device
+
+
 def main(arguments: list[str] | None = None) -> None:
+    given = sys.argv[1:] if arguments is None else list(arguments)
+
     def run() -> None:
-        args = build_parser().parse_args(arguments)
+        dial = "backbone" if any(text.partition("=")[0] == "--backbone" for text in given) else "tiny"
+        args = build_parser(dial).parse_args(given)
+        if dial == "backbone":
+            run_backbone(args, start_processes(pick_device(args.device)))
+            return
         if not args.tiny:
-            raise UserError("say what to run: python memdlm.py --tiny.")
+            raise UserError("say what to run: python memdlm.py --tiny, or --backbone NAME_OR_DIR.")
+        if "LOCAL_RANK" in os.environ:
+            raise UserError("--tiny runs in one process: start it without torchrun.")
         args.tasks = list(dict.fromkeys(args.tasks))
         args.lengths = args.lengths or [args.length, 2 * args.length, 4 * args.length]
         run_tiny(args, pick_device(args.device))

@@ -3,6 +3,7 @@ sample.py: generation. Start from a response of nothing but [MASK], predict ever
 repeat until none is left. Optionally the prompt is first written into fast weights (Sec. 4.5).
 
     python sample.py --run runs/tiny --prompt "... river holds 47. ... Question: what does river hold? Answer:" [--memory]
+    python sample.py --backbone llada-moe [--adapter DIR/adapter] --prompt "..." [--memory]
 
 There is no remasking here: a committed token is never looked at again. What some papers call "low-confidence remasking"
 is this very rule, seen from the other side (the tokens not committed stay masked).
@@ -16,21 +17,23 @@ Glossary
   -             | masked         | (B, R) bool
   N steps       | steps          | int: forward passes per answer, spread over the blocks
   -             | block_length   | int: blocks are finished left to right
-  -             | schedule       | (steps,) how many tokens each step commits
+  -             | plan           | list of Block: which places a block has and how many tokens (quota) each step commits
+  -             | offset         | (B, T) int: places counted from the end of each row's prompt
   phi_2         | fast           | model.Fast, constant over the whole generation
   -             | given          | (B, P + R) bool: the prompt, which guidance masks
-  -             | open_, quota   | which positions may be committed now, and how many of them
+  -             | open_          | (B, T) bool: which positions may be committed now
   -             | windows        | (B * n, W): the prompt cut into n pieces, for our writing rule
   -             | surprise       | (B, n * W): -log p of each prompt token, given the rest of its window
 (M masked positions, V vocabulary.)
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,24 +41,83 @@ from torch import Tensor
 import data
 from data import Parser, guarded, pick_device, real, whole
 from memdlm import (
+    STRATEGIES,
+    Anchor,
     Memory,
+    Stage,
+    backbone_flags,
+    backbone_tokenizer,
     corrupt,
-    draw_pre_anchor,
+    embed,
     generator_for,
     init_fast,
     inner_loop,
-    masked_nll,
+    load_backbone,
+    make_states,
+    masked_fraction,
     memory_settings,
-    memory_start,
     read_config,
+    token_nll,
 )
-from model import Fast, Transformer, UserError, load_model
+from model import Fast, Transformer, UserError, block_causal_mask, load_adapter, load_model
 
 
 def commit_schedule(tokens: int, steps: int) -> list[int]:
-    """Tokens to commit per step, as even as whole numbers allow: 10 tokens in 4 steps -> [3, 3, 2, 2]."""
+    """Tokens to commit per step, as even as whole numbers allow: 10 tokens in 4 steps -> [3, 3, 2, 2] (LLaDA)."""
     base, rest = divmod(tokens, steps)
     return [base + (i < rest) for i in range(steps)]
+
+
+def rounded_schedule(tokens: int, steps: int) -> list[int]:
+    """The same in dLLM: what is left * (1 - t' / t), rounded half to even; steps without a token are dropped.
+
+    t falls from 1 to 0 in equal steps, so that is what is left / steps left; but dLLM computes it through alpha = 1 - t in
+    float32, and one in five schedules has a half that this tips over.
+    """
+    quotas, one = [], np.float32(1)
+    for left in range(steps, 0, -1):
+        alpha, later = (one - np.float32(n / steps) for n in (left, left - 1))
+        share = one - (one - later) / (one - alpha)
+        quotas.append(int(np.round(np.float32(tokens - sum(quotas)) * share)))
+    return [quota for quota in quotas if quota]
+
+
+class Block(NamedTuple):
+    """A stretch of the answer, decoded before the next one: places start .. stop from the end of the prompt."""
+
+    start: int
+    stop: int
+    quotas: list[int]  # tokens to commit at each step
+
+
+def cut_blocks(length: int, block_length: int) -> list[tuple[int, int]]:
+    return [(start, min(start + block_length, length)) for start in range(0, length, block_length)]
+
+
+def llada_plan(prompt: int, length: int, steps: int | None, block_length: int) -> list[Block]:
+    """LLaDA's generate.py: `steps` passes for the whole answer, shared evenly by the blocks (default: one token each)."""
+    blocks = cut_blocks(length, block_length)
+    if steps is not None and steps < len(blocks):
+        raise UserError(f"{length} tokens in blocks of {block_length} are {len(blocks)} blocks: --steps must be at least that.")
+    shares = [length] * len(blocks) if steps is None else commit_schedule(steps, len(blocks))
+    return [Block(a, b, commit_schedule(b - a, min(share, b - a))) for (a, b), share in zip(blocks, shares)]
+
+
+def dllm_plan(prompt: int, length: int, steps: int | None, block_length: int) -> list[Block]:
+    """dLLM's MDLMSampler, which the paper's evaluation uses: ceil(steps / blocks) passes for each block."""
+    blocks = cut_blocks(length, block_length)
+    share = -(-(steps or length) // len(blocks))
+    return [Block(a, b, rounded_schedule(b - a, share)) for a, b in blocks]
+
+
+def llada2_plan(prompt: int, length: int, steps: int | None, block_length: int) -> list[Block]:
+    """LLaDA2.1's block sampler: blocks lie on a grid that starts with the prompt, and `steps` are those of *each* block."""
+    first, stop = prompt // block_length, -(-(prompt + length) // block_length)
+    quotas = commit_schedule(block_length, min(steps or block_length, length))
+    return [Block(i * block_length - prompt, (i + 1) * block_length - prompt, quotas) for i in range(first, stop)]
+
+
+PLANS = {"llada": llada_plan, "dllm": dllm_plan, "llada2": llada2_plan}
 
 
 def guided_logits(
@@ -64,19 +126,20 @@ def guided_logits(
     """Logits (M, V) at the M positions `at` (B, T) bool. Guidance: u + (scale + 1)(c - u), u with every given token masked."""
 
     def logits(ids: Tensor) -> Tensor:
-        h = model.run(model.embedding(ids), 0, model.config.layers, attention_mask, fast)
-        return model.head(h[at]).float()
+        return model.head(model.read(model.embedding(ids), 0, at, attention_mask, fast)).float()
 
     conditional = logits(canvas)
     if cfg_scale == 0:
         return conditional
-    unconditional = logits(corrupt(canvas, given))
+    unconditional = logits(corrupt(canvas, given, model.config.mask_id))
     return unconditional + (cfg_scale + 1) * (conditional - unconditional)
 
 
-def choose_tokens(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """A token for each row of logits (M, V) and the model's probability of it: the confidence. [MASK] is never chosen."""
-    logits = logits.index_fill(1, torch.tensor([data.MASK], device=logits.device), -torch.inf)
+def choose_tokens(
+    logits: Tensor, temperature: float, generator: torch.Generator | None, suppress: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """A token for each row of logits (M, V) and the model's probability of it: the confidence. `suppress` are never chosen."""
+    logits = logits.index_fill(1, torch.tensor(list(suppress), dtype=torch.long, device=logits.device), -torch.inf)
     probabilities = logits.softmax(-1)
     if temperature > 0:  # Gumbel-max in float64: in float32 the noise is truncated and sampling is colder than asked
         uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
@@ -88,14 +151,14 @@ def choose_tokens(logits: Tensor, temperature: float, generator: torch.Generator
 
 
 def select(confidence: Tensor, quota: int, threshold: float | None) -> Tensor:
-    """Which of the positions to commit: the `quota` most confident of each row, and all at or above `threshold`.
+    """Which of the positions to commit: the `quota` most confident of each row, and all above `threshold`.
 
     confidence (B, R), -1 where nothing may be committed. Returns (B, R) bool.
     """
     rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)  # 0 = the most confident
     chosen = rank < quota
     if threshold is not None:
-        chosen |= confidence >= threshold
+        chosen |= confidence > threshold
     return chosen & (confidence >= 0)
 
 
@@ -113,40 +176,54 @@ def generate(
     attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
     watch: Callable[[Tensor], None] | None = None,
+    plan: str = "llada",
+    suppress: Sequence[int] | None = None,
+    prompt_lengths: Tensor | None = None,
 ) -> Tensor:
     """prompts (B, P) -> responses (B, length).
 
-    steps: forward passes for the whole answer (default: one token each). block_length: default the whole answer.
-    threshold: commit everything this probable at once; the answer may then take fewer passes than `steps`.
-    attention_mask (B, P + length): 0 hides padding. watch: called with the canvas before the first and after each pass.
+    steps: forward passes for the whole answer (default: one token each), or under the llada2 plan for each block.
+    block_length: default the whole answer. plan: a key of PLANS.
+    threshold: commit everything more probable than this at once; the answer may then take fewer passes than `steps`.
+    suppress: tokens that are never chosen (default: [MASK] alone).
+    attention_mask (B, P + length): 0 hides padding. prompt_lengths (B,): where rows differ, prompts are padded on the
+    *right*, each answer follows its own prompt, and what lies behind it is hidden.
+    watch: called with the canvas before the first and after each pass.
     """
-    block_length = block_length or length
-    sizes = [min(block_length, length - start) for start in range(0, length, block_length)]
-    if steps is not None and steps < len(sizes):
-        raise UserError(f"{length} tokens in blocks of {block_length} are {len(sizes)} blocks: --steps must be at least that.")
-    shares = sizes if steps is None else commit_schedule(steps, len(sizes))  # forward passes for each block
-    canvas = F.pad(prompts, (0, length), value=data.MASK)  # (B, P + R)
-    given = torch.zeros_like(canvas, dtype=torch.bool)
-    given[:, : prompts.shape[1]] = True
+    mask_id, device, (rows, width) = model.config.mask_id, prompts.device, prompts.shape
+    if plan == "llada2" and (prompt_lengths is not None or attention_mask is not None):
+        raise ValueError("LLaDA2's block grid is one for all rows: give it prompts of one length, without a mask")
+    blocks = PLANS[plan](width, length, steps, block_length or length)
+    total = width + max(length, blocks[-1].stop)
+    lengths = torch.full((rows,), width, device=device) if prompt_lengths is None else prompt_lengths
+    offset = torch.arange(total, device=device) - lengths[:, None]  # (B, T)
+    given = offset < 0
+    canvas = torch.where(given, F.pad(prompts, (0, total - width)), mask_id)
+    if prompt_lengths is not None and attention_mask is None:
+        attention_mask = offset < length
+    if plan == "llada2":
+        attention_mask = block_causal_mask(total, block_length or length, device)
+    suppress = [mask_id] if suppress is None else suppress
     if watch:
         watch(canvas)
-    end = prompts.shape[1]
-    for size, share in zip(sizes, shares):
-        block = torch.zeros_like(given)
-        block[:, end : end + size] = True
-        end += size
-        for quota in commit_schedule(size, min(share, size)):
-            open_ = (canvas == data.MASK) & block
+    for block in blocks:
+        # Under block-causal attention nothing later is seen, so it need not be computed.
+        seen = width + block.stop if plan == "llada2" else total
+        visible = None if attention_mask is None else attention_mask[..., :seen]
+        visible = visible[..., :seen, :] if plan == "llada2" else visible
+        inside = (offset >= block.start) & (offset < block.stop) & ~given
+        for quota in block.quotas:
+            open_ = (canvas == mask_id) & inside
             if not open_.any():
                 break
-            logits = guided_logits(model, canvas, given, fast, cfg_scale, attention_mask, open_)
-            tokens, probability = choose_tokens(logits, temperature, generator)
-            confidence = torch.full(canvas.shape, -1.0, device=canvas.device).masked_scatter(open_, probability)
+            logits = guided_logits(model, canvas[:, :seen], given[:, :seen], fast, cfg_scale, visible, open_[:, :seen])
+            tokens, probability = choose_tokens(logits, temperature, generator, suppress)
+            confidence = torch.full(canvas.shape, -1.0, device=device).masked_scatter(open_, probability)
             proposal = canvas.masked_scatter(open_, tokens)
             canvas = torch.where(select(confidence, quota, threshold), proposal, canvas)
             if watch:
                 watch(canvas)
-    return canvas[:, prompts.shape[1] :]
+    return canvas.gather(1, lengths[:, None] + torch.arange(length, device=device))
 
 
 # ---- writing the prompt into the weights (Sec. 4.5) ----------------------------------------------------------------------
@@ -163,17 +240,18 @@ class Write(NamedTuple):
     share: float = 0.3  # of our rule: how much of the windows is worth writing
 
 
-def paper_rule(model: Transformer, prompts: Tensor, write: Write, generators: list) -> tuple[Tensor, list[Tensor]]:
+def paper_rule(model: Transformer, prompts: Tensor, write: Write, generators: list) -> tuple[Tensor, list[Stage]]:
     """Sec. 4.5: each prompt token is masked with probability 0.2 (the anchor); stage 1 on its pre-anchor, stage 2 on itself."""
-    everywhere = torch.ones_like(prompts[:1], dtype=torch.bool)
-    stages = []
+    everywhere, by_row = torch.ones_like(prompts[:1], dtype=torch.bool), []
     for generator in generators:
-        anchor = torch.rand(everywhere.shape, generator=generator).to(prompts.device) < write.anchor_ratio
-        stages.append((draw_pre_anchor(anchor, everywhere, write.memory.start_scale, generator), anchor))
-    return prompts, [torch.cat(stage) for stage in zip(*stages)]
+        masked = torch.rand(everywhere.shape, generator=generator).to(prompts.device) < write.anchor_ratio
+        anchor = Anchor(torch.full((1,), write.anchor_ratio, device=prompts.device), masked)
+        by_row.append(STRATEGIES[write.memory.strategy](anchor, everywhere, write.memory, generator))
+    joined = [[None if None in parts else torch.cat(parts) for parts in zip(*stages)] for stages in zip(*by_row)]
+    return prompts, [Stage(*parts) for parts in joined]
 
 
-def surprise_rule(model: Transformer, prompts: Tensor, write: Write, generators: list) -> tuple[Tensor, list[Tensor]]:
+def surprise_rule(model: Transformer, prompts: Tensor, write: Write, generators: list) -> tuple[Tensor, list[Stage]]:
     """Ours, not the paper's: write what the model could not have guessed, in windows as long as it was trained on.
 
     The prompt is cut into windows; each token is scored under one of four complementary masks; the most surprising share
@@ -186,7 +264,9 @@ def surprise_rule(model: Transformer, prompts: Tensor, write: Write, generators:
     half = torch.stack([torch.rand(surprise.shape[1], generator=generator) < 0.5 for generator in generators]).to(
         prompts.device
     )
-    return windows, [(chosen & half).view_as(windows), (chosen & ~half).view_as(windows)]
+    everywhere = torch.ones_like(windows, dtype=torch.bool)
+    halves = [(chosen & part).view_as(windows) for part in (half, ~half)]
+    return windows, [Stage(masked, None, masked_fraction(masked, everywhere)) for masked in halves]
 
 
 def cut_windows(prompts: Tensor, window: int) -> Tensor:
@@ -203,8 +283,8 @@ def token_surprise(model: Transformer, rows: Tensor, folds: int = 4) -> Tensor:
     nll = torch.zeros(rows.shape, device=rows.device)
     for fold in range(folds):
         masked = (torch.arange(rows.shape[1], device=rows.device) % folds == fold).expand(rows.shape)
-        h = model.run(model.embedding(corrupt(rows, masked)), 0, model.config.layers)
-        nll.masked_scatter_(masked, masked_nll(model, h, rows, masked).to(nll.dtype))
+        h = model.read(embed(model, rows, masked), 0, masked)
+        nll.masked_scatter_(masked, token_nll(model, h, rows[masked]).to(nll.dtype))
     return nll
 
 
@@ -230,17 +310,17 @@ def write_prompt(model: Transformer, prompts: Tensor, write: Write, seed: int, f
     joined = {name: tuple(torch.cat([s.weights[name][i] for s in sets]) for i in (0, 1)) for name in sets[0].weights}
     rows, stages = WRITE_RULES[write.rule](model, prompts, write, generators)
     batch = data.Batch(rows, torch.ones_like(rows, dtype=torch.bool), None)
-    cut = memory_start(model, memory)
-    states = [(masked, model.run(model.embedding(corrupt(rows, masked)), 0, cut)) for masked in stages]
+    states = make_states(model, batch, stages, memory)
     return inner_loop(model, batch, states * write.passes, Fast(joined, sets[0].scale), memory, weighted=False)[0]
 
 
 # ---- for the eye -----------------------------------------------------------------------------------------------------------
 
 
-def canvas_text(ids: list[int]) -> str:
-    """Ids as text, with every [MASK] drawn as an underscore."""
-    return "".join(" _" if token == data.MASK else data.TOKENIZER.decode([token]) for token in ids)
+def canvas_text(ids: list[int], tokenizer: data.Tokenizer = data.TINY) -> str:
+    """Ids as text, with every [MASK] drawn as an underscore and other special tokens by their names."""
+    special = {token: name for name, token in tokenizer.specials.items()} | {tokenizer.mask: " _"}
+    return "".join(special.get(token) or tokenizer.decode([token]) for token in ids)
 
 
 def denoising_view(model: Transformer, example: data.Example, fast: Fast | None = None) -> str:
@@ -252,48 +332,69 @@ def denoising_view(model: Transformer, example: data.Example, fast: Fast | None 
 
 
 def build_parser() -> Parser:
-    parser = Parser("Answers a prompt with a trained run's model.")
+    parser = Parser("Answers a prompt with a trained run's model, or with a real backbone.")
     flag = parser.add_argument
-    flag("--run", required=True, help="folder of a finished run, e.g. runs/tiny")
-    flag("--seed", type=whole(0), help="which of the run's seeds (default: its first)")
-    flag("--model", choices=("base", "mdlm", "memdlm"), default="memdlm", help="which of its models")
+    flag("--run", help="folder of a finished --tiny run, e.g. runs/tiny")
+    flag("--seed", type=whole(0), help="which of the run's seeds (default: its first); of all random draws")
+    flag("--model", choices=("base", "mdlm", "memdlm"), default="memdlm", help="which of the run's models")
+    backbone_flags(flag)
+    flag("--adapter", help="outer LoRA for --backbone, in PEFT's format: DIR/adapter of a fine-tuning")
     flag("--prompt", required=True, help="the text to answer; always ordinary text, never a special token")
-    flag("--length", type=whole(1, 512), default=16, help="tokens of the answer")
-    flag("--steps", type=whole(1), help="forward passes for the answer (default: one a token)")
-    flag("--block-length", type=whole(1), help="decode in blocks of this many tokens, left to right (default: one block)")
+    flag("--length", type=whole(1, 4096), default=16, help="tokens of the answer")
+    flag("--steps", type=whole(1), help="forward passes for the answer (default: one a token; LLaDA2: 32 a block)")
+    flag("--block-length", type=whole(1), help="decode in blocks, left to right (default: one block; LLaDA2: 32 tokens)")
+    flag("--schedule", choices=("llada", "dllm"), help="how steps share the tokens, where they do not divide (default: llada)")
     flag("--temperature", type=real(0), default=0.0, help="0 takes the most probable token")
     flag("--cfg-scale", type=real(0), default=0.0, help="classifier-free guidance: u + (scale + 1)(c - u)")
-    flag("--threshold", type=real(0, 1), help="commit every token at least this probable at once")
+    flag("--threshold", type=real(0, 1), help="commit every token more probable than this at once (LLaDA2: 0.95)")
+    flag("--suppress", nargs="+", type=whole(0), default=[], help="token ids that are never chosen, besides [MASK]")
     flag("--memory", action="store_true", help="write the prompt into the weights first (Sec. 4.5)")
     flag("--quiet", action="store_true", help="print the answer alone, without the steps")
     flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
+def load_run(args: argparse.Namespace, device: str) -> tuple[Transformer, data.Tokenizer, Write, int, int]:
+    """Model, tokenizer, writing rule, seed and longest prompt of a --tiny run."""
     config = read_config(Path(args.run))
     seed = config["seed"] if args.seed is None else args.seed
-    model, _ = load_model(Path(args.run) / f"seed{seed}" / f"{args.model}.safetensors", pick_device(args.device))
-    ids = data.encode_text(args.prompt)
-    if not ids or len(ids) > config["max_length"]:
-        raise UserError(f"--prompt has {len(ids)} tokens; it must have 1 to {config['max_length']}.")
+    model, _ = load_model(Path(args.run) / f"seed{seed}" / f"{args.model}.safetensors", device)
+    return model, data.TINY, write_settings(config), seed, config["max_length"]
+
+
+def load_real(args: argparse.Namespace, device: str) -> tuple[Transformer, data.Tokenizer, Write, int, int]:
+    """The same of --backbone and --adapter, with the paper's writing rule."""
+    tokenizer = backbone_tokenizer(args)
+    model = load_backbone(args, tokenizer, device)
+    if args.adapter:
+        print(f"LoRA on {len(load_adapter(model, Path(args.adapter)))} layers or stacks of experts, from {args.adapter}")
+    return model.eval(), tokenizer, Write(), args.seed or 0, 1 << 20
+
+
+def run(args: argparse.Namespace) -> None:
+    if bool(args.run) == bool(args.backbone):
+        raise UserError("say whose answer is wanted: --run DIR of a --tiny run, or --backbone NAME_OR_DIR.")
+    if args.adapter and args.run:
+        raise UserError("--adapter goes with --backbone.")
+    model, tokenizer, write, seed, longest = (load_run if args.run else load_real)(args, pick_device(args.device))
+    ids, llada2 = tokenizer.encode_prompt(args.prompt), model.config.architecture == "llada2"
+    if not ids or len(ids) > longest:
+        raise UserError(f"--prompt has {len(ids)} tokens; it must have 1 to {longest}.")
+    if llada2 and args.schedule:
+        raise UserError("--schedule is not for LLaDA2, which has a block sampler of its own.")
+    if wrong := [token for token in args.suppress if token >= model.config.vocab_size]:
+        raise UserError(f"--suppress: {wrong[0]} is no token; the vocabulary has {model.config.vocab_size}.")
     prompt = torch.tensor([ids], device=next(model.parameters()).device)
-    fast = write_prompt(model, prompt, write_settings(config), seed) if args.memory else None
-    show = None if args.quiet else lambda canvas: print(canvas_text(canvas[0, len(ids) :].tolist()).strip())
-    answer = generate(
-        model,
-        prompt,
-        args.length,
-        args.steps,
-        args.block_length,
-        args.temperature,
-        args.cfg_scale,
-        args.threshold,
-        fast,
-        generator=generator_for(seed, "sample"),
-        watch=show,
-    )
-    print(data.decode(answer[0].tolist()).strip())
+    fast = write_prompt(model, prompt, write, seed) if args.memory else None
+    show = None if args.quiet else lambda canvas: print(canvas_text(canvas[0, len(ids) :].tolist(), tokenizer).strip())
+    options = {"steps": args.steps, "block_length": args.block_length, "threshold": args.threshold}
+    if llada2:  # the published evaluation's settings where nothing else is asked for
+        defaults = {"steps": 32, "block_length": 32, "threshold": 0.95}
+        options = {key: defaults[key] if value is None else value for key, value in options.items()}
+    options |= {"temperature": args.temperature, "cfg_scale": args.cfg_scale, "fast": fast, "watch": show}
+    options |= {"plan": "llada2" if llada2 else args.schedule or "llada", "suppress": [model.config.mask_id, *args.suppress]}
+    answer = generate(model, prompt, args.length, generator=generator_for(seed, "sample"), **options)
+    print(tokenizer.decode(answer[0].tolist()).strip())
 
 
 def main(arguments: list[str] | None = None) -> None:

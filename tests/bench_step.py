@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 from memdlm import (
     Memory,
+    chain,
     corrupt,
     draw_anchor,
     draw_pre_anchor,
@@ -46,7 +47,7 @@ def naive_loss(model, batch, anchor, pre_masked, fast, memory):
     """memdlm_loss as one would first write it: every state through the whole model, every logit computed."""
 
     def token_nll(masked, phi):
-        logits = model(corrupt(batch.x0, masked), batch.attention_mask, phi)  # (B, T, V)
+        logits = model(corrupt(batch.x0, masked, data.MASK), batch.attention_mask, phi)  # (B, T, V)
         return F.cross_entropy(logits.transpose(1, 2), batch.x0, reduction="none") * masked  # (B, T)
 
     maskable = batch.maskable.sum(1)
@@ -69,10 +70,10 @@ def measure(model: Transformer, memory: Memory, rows: int, repeats: int) -> dict
         generator = generator_for(0, "bench", repeat + 2)
         anchor = draw_anchor(batch.maskable, generator)
         pre_masked = draw_pre_anchor(anchor.masked, batch.maskable, memory.start_scale, generator)
-        fast = init_fast(model, memory, rows, generator)
+        fast, stages = init_fast(model, memory, rows, generator), chain([pre_masked, anchor.masked], batch.maskable)
         sides = {
             "mdlm": lambda: mdlm_loss(model, batch, anchor),  # noqa: B023
-            "memdlm": lambda: memdlm_loss(model, batch, anchor, pre_masked, fast, memory)[0],  # noqa: B023
+            "memdlm": lambda: memdlm_loss(model, batch, anchor, stages, fast, memory)[0],  # noqa: B023
             "naive": lambda: naive_loss(model, batch, anchor, pre_masked, fast, memory),  # noqa: B023
         }
         values = {}
@@ -100,7 +101,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = init_weights(Transformer(Config(data.VOCAB_SIZE)), torch.Generator().manual_seed(0)).train()
+    model = init_weights(Transformer(Config(data.VOCAB_SIZE, data.MASK)), torch.Generator().manual_seed(0)).train()
     layers = model.config.layers
     print(f"batch {args.batch} x 96, {layers} layers, float32, cpu, {args.threads} threads, torch {torch.__version__}")
     print("| adapted share s | MDLM ms | MemDLM ms | naive ms | MemDLM / MDLM | bound 1.1 (4 + 3s) / 3 | met | naive / MDLM |")

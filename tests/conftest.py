@@ -17,13 +17,19 @@ from model import Config, Transformer
 
 torch.set_num_threads(1)
 pytest_plugins = ["running"]
+pytest.register_assert_rewrite("replaying")
+
+
+def pytest_addoption(parser):
+    default = Path(__file__).parent / "golden"
+    parser.addoption("--golden", default=default, type=Path, help="folder of records that test_golden.py replays")
 
 
 def build_model(dtype: torch.dtype = torch.float64, seed: int = 0, **sizes) -> Transformer:
     """A small model with every weight random. `init_weights` starts with outputs of zero, where many tests would hold by
     accident: a layer that adds nothing cannot be wrong."""
     sizes = {"hidden": 32, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 48, "canon": 3} | sizes
-    model, generator = Transformer(Config(data.VOCAB_SIZE, **sizes)), torch.Generator().manual_seed(seed)
+    model, generator = Transformer(Config(data.VOCAB_SIZE, data.MASK, **sizes)), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)

@@ -42,6 +42,13 @@ BAD_ARGUMENTS = {
     "no task": ("--tiny --tasks", "--tasks"),
     "unknown pads": ("--tiny --pads maybe", "--pads"),
     "unknown scope": ("--tiny --memory-scope world", "--memory-scope"),
+    "unknown strategy": ("--tiny --memory-strategy random", "--memory-strategy"),
+    "unknown inner loss": ("--tiny --memory-loss mse", "--memory-loss"),
+    "unknown targets": ("--tiny --memory-targets none", "--memory-targets"),
+    "unknown loss norm": ("--tiny --loss-norm tokens", "--loss-norm"),
+    "no stages": ("--tiny --memory-steps 0", "--memory-steps"),
+    "no inner epochs": ("--tiny --memory-epochs 0", "--memory-epochs"),
+    "a flag of real backbones": ("--tiny --accumulate 2", "--accumulate"),
     "unknown write rule": ("--tiny --write poem", "--write"),
     "no samples": ("--tiny --samples 0", "--samples"),
     "no steps": ("--tiny --steps 0", "--steps"),
@@ -222,6 +229,20 @@ def test_sample_steps_and_blocks(quick, capsys):
     assert [line.count("_") for line in say(capsys, quick, "--length", 8, "--threshold", 0)[:-1]] == [8, 0]
 
 
+def test_sample_schedules_and_suppressed_tokens(quick, capsys):
+    """--schedule dllm shares the steps otherwise where they do not divide; --suppress takes away what the answer had."""
+    counts = {
+        name: [line.count("_") for line in say(capsys, quick, "--length", 10, "--steps", 4, "--schedule", name)[:-1]]
+        for name in ("llada", "dllm")
+    }
+    assert counts == {"llada": [10, 7, 4, 2, 0], "dllm": [10, 8, 5, 3, 0]}
+    usual = say(capsys, quick, "--length", 6, "--quiet")
+    ids = sorted(set(data.TOKENIZER.encode(f" {usual[0]}")) | {data.EOS})
+    other = say(capsys, quick, "--length", 6, "--quiet", "--suppress", *ids)
+    assert other != usual
+    assert not set(data.TOKENIZER.encode(f" {other[0]}")) & set(ids)
+
+
 def test_sample_is_reproducible_and_its_flags_matter(quick, finished, capsys):
     """The same words for the same flags; temperature, guidance, memory, model and seed each lead elsewhere."""
     plain = say(capsys, quick, "--length", 12)
@@ -250,10 +271,15 @@ BAD_SAMPLES = {
     "no run": ("--run {tmp} --prompt x", "{tmp}"),
     "no prompt flag": ("--run {run}", "--prompt"),
     "no run flag": ("--prompt x", "--run"),
+    "a run and a backbone": ("--run {run} --backbone llada-8b --prompt x", "--run"),
+    "an adapter for a run": ("--run {run} --adapter {tmp} --prompt x", "--adapter"),
+    "unknown schedule": ("--run {run} --prompt x --schedule yearly", "--schedule"),
+    "suppressing no token": ("--run {run} --prompt x --suppress 5 100000", "--suppress"),
+    "suppressing a word": ("--run {run} --prompt x --suppress the", "--suppress"),
     "missing seed": ("--run {run} --prompt x --seed 7", "seed7"),
     "unknown model": ("--run {run} --prompt x --model gpt", "--model"),
     "no tokens": ("--run {run} --prompt x --length 0", "--length"),
-    "too many tokens": ("--run {run} --prompt x --length 513", "--length"),
+    "too many tokens": ("--run {run} --prompt x --length 4097", "--length"),
     "fewer steps than blocks": ("--run {run} --prompt x --length 16 --block-length 4 --steps 3", "--steps"),
     "no block": ("--run {run} --prompt x --block-length 0", "--block-length"),
     "cold": ("--run {run} --prompt x --temperature -1", "--temperature"),

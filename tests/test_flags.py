@@ -33,6 +33,18 @@ EFFECTS = [
     ("--memory-fraction 1", INNER),
     ("--memory-scope batch", INNER),
     ("--start-scale 3", INNER),
+    ("--loss-norm sequence", set()),  # the padded answers are equally long, so that it is the average over tokens
+    ("--memory-steps 1", INNER),
+    ("--memory-steps 3 --start-scale 3", INNER),
+    ("--memory-epochs 2", INNER),
+    ("--memory-strategy pre_anchor_only", INNER),
+    ("--memory-strategy anchor_only", INNER),
+    ("--memory-strategy inconsistent", INNER),
+    ("--memory-loss kl", INNER),
+    ("--memory-loss reverse_kl", INNER),
+    ("--memory-loss hidden_mse", INNER),
+    ("--memory-loss hidden_cosine", INNER),
+    ("--memory-targets newly_revealed", INNER),
     ("--write paper", {INFERENCE}),
     ("--write-lr 0.1", {INFERENCE}),
     ("--write-rank 4", {INFERENCE}),
@@ -78,6 +90,32 @@ def test_the_anchor_ratio_belongs_to_the_papers_rule(finished, tmp_path):
     one, other = (effect_of(finished, tmp_path / r, f"--write paper --anchor-ratio {r}") for r in ("0.1", "0.9"))
     assert one[INFERENCE] != other[INFERENCE]
     assert one[MEMDLM] == other[MEMDLM]
+
+
+def test_the_loss_norm_matters_where_answers_differ_in_length(finished, tmp_path):
+    """--pads ignore leaves each answer its own length; then averaging over rows is not averaging over tokens. ("batch" differs
+    from "token" by a factor alone, which clipping would take away again.)"""
+    flags = "--pads ignore --clip 0 --loss-norm"
+    found = {norm: effect_of(finished, tmp_path / norm, f"{flags} {norm}") for norm in memdlm.NORMS}
+    for key in BOTH:
+        assert len({str(effect[key]) for effect in found.values()}) == 3, key
+
+
+@pytest.fixture(scope="session")
+def papers_effect(finished, tmp_path_factory) -> dict:
+    return effect_of(finished, tmp_path_factory.mktemp("runs"), "--write paper")
+
+
+VARIANTS = ["--memory-steps 1", "--memory-steps 3", "--memory-epochs 2", "--memory-loss kl", "--memory-targets newly_revealed"]
+
+
+@pytest.mark.parametrize("flags", [*VARIANTS, *(f"--memory-strategy {name}" for name in memdlm.STRATEGIES)])
+def test_every_variant_writes_prompts_by_the_papers_rule(finished, papers_effect, tmp_path, flags):
+    """The inner loop's variants hold for training and for reading alike: with --write paper each run ends, in finite numbers,
+    and only --memory-strategy consistent, the default, is what it was."""
+    effect, usual = effect_of(finished, tmp_path, f"--write paper {flags}"), papers_effect
+    assert all(math.isfinite(x) for pair in effect[INFERENCE] for x in pair)
+    assert {key for key in effect if effect[key] != usual[key]} == (set() if flags.endswith(" consistent") else INNER)
 
 
 def test_a_memory_clip_of_zero_switches_clipping_off(finished, tmp_path):
@@ -136,9 +174,9 @@ def test_own_data_replaces_the_fine_tuning_set(finished, tmp_path):
         outs.append(tmp_path / name)
         train(*QUICK, "--data", path, "--bases", finished, "--out", outs[-1])
         args = memdlm.build_parser().parse_args([*QUICK, "--data", str(path)])
-        kept, held_out = memdlm.fine_tuning_data(args, 0)
-        assert (len(kept), len(held_out)) == (19, 1)
-        assert sorted(kept + held_out) == sorted(data.read_jsonl(path, 4096))
+        pairs = memdlm.tiny_pairs(args, 0, "cpu")
+        assert (len(pairs.train), len(pairs.held_out)) == (19, 1)
+        assert sorted(pairs.train + pairs.held_out) == sorted(data.read_jsonl(path, 4096))
         assert all(math.isfinite(r["eval_without_memory"]) for r in read(outs[-1])["loss"])
     assert not same_weights(*outs)
 

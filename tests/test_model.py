@@ -147,6 +147,16 @@ def test_prefix_then_suffix_is_the_whole_forward(model, cut):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("start", [0, 1.5, 3, 3.5])
+def test_reading_at_some_positions_is_running_and_picking_them(model, start):
+    """Losses and sampling need the last layer at masked positions alone; which rows are asked for must not change them."""
+    h, mask, fast = model.embedding(random_ids(4, 9)), torch.ones(4, 9), random_fast(model, 2)
+    mask[1, 6:] = 0
+    where = (torch.rand(4, 9, generator=torch.Generator().manual_seed(6)) < 0.4) & mask.bool()
+    assert torch.equal(model.read(h, start, where, mask, fast), model.run(h, start, 4, mask, fast)[where])
+
+
+@torch.no_grad()
 def test_head_on_some_rows_is_those_rows_of_the_head(model):
     """The head runs on masked rows only, which saves most of its cost; rows must not influence each other."""
     h = torch.randn(3, 7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5))

@@ -333,7 +333,7 @@ def test_an_inner_loss_that_is_not_finite_leaves_the_memory_alone(finished):
     loss = memdlm.memory_method(model, batch, memory, memdlm.generator_for(0))
     before = [p.clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    applied = memdlm.train_step(model, optimizer, loss, 1.0)
+    applied, _ = memdlm.train_step(model, optimizer, [loss], 1.0)
     assert applied == any(not torch.equal(p, q) for p, q in zip(before, model.parameters()))
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -344,7 +344,7 @@ def test_an_inner_loss_that_is_not_finite_leaves_the_memory_alone(finished):
 @pytest.fixture
 def talkative() -> Transformer:
     """Random weights of some size, so that answers vary from prompt to prompt, and with what was written."""
-    model, generator = Transformer(Config(data.VOCAB_SIZE)).eval(), torch.Generator().manual_seed(0)
+    model, generator = Transformer(Config(data.VOCAB_SIZE, data.MASK)).eval(), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
@@ -404,21 +404,72 @@ def test_exposure_bias_writes_the_prompt_alone(talkative, monkeypatch, rule):
 # ---- the command line itself ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [memdlm, sample, eval_niah])
-def test_every_flag_is_explained_and_tested(module):
+PARSERS = {  # what is typed before --help -> the parser that must answer
+    "memdlm.py": (memdlm, [], memdlm.build_parser("tiny")),
+    "memdlm.py --backbone X": (memdlm, ["--backbone", "X"], memdlm.build_parser("backbone")),
+    "sample.py": (sample, [], sample.build_parser()),
+    "eval_niah.py": (eval_niah, [], eval_niah.build_parser()),
+}
+
+
+@pytest.mark.parametrize("program", PARSERS)
+def test_every_flag_is_explained_and_tested(program):
     """Each flag has a help text, and its name occurs in these tests: no flag that nothing covers."""
     tested = "\n".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("test_*.py")))
-    for action in module.build_parser()._actions:
+    for action in PARSERS[program][2]._actions:
         (*_, flag) = action.option_strings
         assert action.help, flag
         assert flag == "--help" or re.search(rf"{flag}(?![\w-])", tested), f"{flag} is not tested"
 
 
-@pytest.mark.parametrize("module", [memdlm, sample, eval_niah])
-def test_help_lists_every_flag(module, capsys):
-    """--help prints all flags with their defaults and exits with 0."""
+@pytest.mark.parametrize("program", PARSERS)
+def test_help_lists_every_flag(program, capsys):
+    """--help prints all flags with their defaults and exits with 0; with --backbone those of a real backbone."""
+    module, typed, parser = PARSERS[program]
     with pytest.raises(SystemExit) as stop:
-        module.main(["--help"])
+        module.main([*typed, "--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert all(action.option_strings[-1] in printed for action in module.build_parser()._actions)
+    assert all(action.option_strings[-1] in printed for action in parser._actions)
+
+
+PAPER = {  # Sec. 4.1, and the ablations' default
+    "--memory-steps": "2",
+    "--memory-epochs": "1",
+    "--memory-strategy": "consistent",
+    "--memory-loss": "ce",
+    "--memory-targets": "all",
+    "--loss-norm": "token",
+    "--memory-rank": "32",
+    "--memory-alpha": "64",
+    "--memory-lr": "0.1",
+    "--memory-clip": "1.0",
+    "--memory-scope": "batch",
+    "--start-scale": "1.5",
+    "--batch": "2",
+    "--lr": "2e-5",
+    "--warmup": "0.1",
+    "--clip": "1.0",
+    "--lora-rank": "32",
+    "--lora-alpha": "64",
+    "--lora-dropout": "0.05",
+}
+
+
+@pytest.mark.parametrize("dial", memdlm.PRESETS)
+@pytest.mark.parametrize("flag", PAPER)
+def test_help_names_the_papers_value(dial, flag):
+    """In brackets, under both dials, also where --tiny's default is another."""
+    (action,) = (action for action in memdlm.build_parser(dial)._actions if flag in action.option_strings)
+    assert re.search(rf"\[{re.escape(PAPER[flag])}[],]", action.help), action.help
+
+
+def test_a_real_backbones_defaults_are_the_papers(capsys):
+    """--backbone without further flags is the published setting, as far as flags decide it."""
+    defaults = vars(memdlm.build_parser("backbone").parse_args([]))
+    for flag, value in PAPER.items():
+        assert (
+            defaults[flag.removeprefix("--").replace("-", "_")] == type(memdlm.Memory.lr)(value)
+            if value[0].isdigit()
+            else value
+        )
