@@ -373,7 +373,7 @@ TOKENIZER = build_tokenizer()
 SPECIALS = {name: TOKENIZER.encode_single_token(name) for name in ("<|endoftext|>", "<|mask|>")}
 EOS, MASK, VOCAB_SIZE = *SPECIALS.values(), TOKENIZER.n_vocab
 TINY = Tokenizer(TOKENIZER, list(range(EOS)), SPECIALS, EOS, MASK, normalize=lead_with_space)
-encode_text, decode = TINY.encode, TINY.decode
+decode = TINY.decode
 
 
 def class_range(name: str) -> tuple[int, int]:
@@ -559,11 +559,6 @@ def make_examples(task: str, n: int, length: int, seed: int, noise: float = 0.0)
     return [Example(*row) for row in zip(prompts.tolist(), responses.tolist(), references)]
 
 
-def score(references: tuple[str, ...], output: str) -> float:
-    """RULER's string_match_all: the share of reference strings that the output contains."""
-    return sum(reference in output for reference in references) / len(references)
-
-
 def pads_learn(length: Tensor, positions: Tensor, is_response: Tensor) -> tuple[Tensor, None]:
     """The paper's choice: EOS padding is visible, maskable and a target like any token, so that the model learns to stop."""
     return is_response, None
@@ -649,7 +644,7 @@ def jsonl_records(name: str | Path, text: str) -> Iterator[tuple[str, object]]:
         if line.strip():
             try:
                 yield f"{name}, line {number}", json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{name}, line {number}: not valid JSON ({error}).") from None
 
 
@@ -658,7 +653,7 @@ def alpaca_records(name: str | Path, text: str) -> Iterator[tuple[str, dict]]:
     Alpaca has a few of, are passed over."""
     try:
         records = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: not valid JSON ({error}).") from None
     for number, record in enumerate(records, 1):
         where, record = f"{name}, record {number}", record if isinstance(record, dict) else {}

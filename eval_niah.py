@@ -103,7 +103,7 @@ def peak_memory(device: str) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-# ---- scoring rules of the published benchmarks ------------------------------------------------------------------------------
+# ---- scoring rules of the published benchmarks: RULER's scores the small tasks, the others are for published outputs -------
 
 
 def clean(prediction: str) -> str:
@@ -208,7 +208,7 @@ def score_cells(models: dict, tasks: list[str], lengths: list[int], samples: int
         _, checkpoint, memory = ROWS[method]
         examples = data.make_examples(task, samples, length, data.split_seed(seed, "test"))
         texts = answer(models[checkpoint], examples, write if memory else None, seed)
-        mean = float(np.mean([data.score(example.references, text) for example, text in zip(examples, texts)]))
+        mean = float(np.mean([string_match_all(example.references, text) for example, text in zip(examples, texts)]))
         record = {"method": method, "task": task, "length": length, "n": samples, "score": mean}
         records.append(record | {"ci95": wilson_interval(mean, samples), "seed": seed})
     return records
@@ -292,30 +292,33 @@ def exposure_bias(
 T_BINS = 5
 
 
-def stratified_anchor(maskable: Tensor, seed: int) -> Anchor:
-    """An anchor whose t covers (0, 1) evenly, the same at every call: less noise when losses are compared over time."""
-    generator, rows = generator_for(seed, "measure"), len(maskable)
-    t = (torch.randperm(rows, generator=generator) + 0.5) / rows
-    masked = torch.rand(maskable.shape, generator=generator) < t[:, None]
-    return Anchor(t.to(maskable.device), masked.to(maskable.device) & maskable)
+def stratified_anchors(batches: list[Batch], seed: int) -> list[Anchor]:
+    """Anchors whose t cover (0, 1) evenly over all examples, however they are batched, and are the same at every call:
+    less noise when losses are compared over time."""
+    generator, rows = generator_for(seed, "measure"), [len(batch.x0) for batch in batches]
+    every, anchors = (torch.randperm(sum(rows), generator=generator) + 0.5) / sum(rows), []
+    for batch, t in zip(batches, every.split(rows)):
+        masked = torch.rand(batch.x0.shape, generator=generator) < t[:, None]
+        anchors.append(Anchor(t.to(batch.x0.device), masked.to(batch.x0.device) & batch.maskable))
+    return anchors
 
 
 LOSSES = ("train_with_memory", "train_without_memory", "eval_without_memory")
 
 
 @torch.no_grad()
-def losses_with_and_without(model: Transformer, batch: Batch, memory: Memory, seed: int) -> tuple[float, float]:
-    """The training loss with and without memory on the same noise."""
-    anchor, generator = stratified_anchor(batch.maskable, seed), generator_for(seed, "measure memory")
+def losses_with_and_without(
+    model: Transformer, batch: Batch, anchor: Anchor, memory: Memory, generator: torch.Generator
+) -> tuple[float, float]:
+    """The loss per maskable token with and without memory on the same noise."""
     stages = STRATEGIES[memory.strategy](anchor, batch.maskable, memory, generator)
     fast = init_fast(model, memory, SCOPES[memory.scope](len(batch.x0)), generator)
     return memdlm_loss(model, batch, anchor, stages, fast, memory)[0].item(), mdlm_loss(model, batch, anchor).item()
 
 
 @torch.no_grad()
-def held_out_loss(model: Transformer, batch: Batch, seed: int) -> tuple[float, Tensor, Tensor]:
+def held_out_loss(model: Transformer, batch: Batch, anchor: Anchor) -> tuple[float, Tensor, Tensor]:
     """The loss without memory; the NLL of each masked token (M,), and its t (M,)."""
-    anchor = stratified_anchor(batch.maskable, seed)
     h = model.read(embed(model, batch.x0, anchor.masked), 0, anchor.masked, batch.attention_mask)
     nll = token_nll(model, h, batch.x0[anchor.masked])
     return mdlm_loss(model, batch, anchor).item(), nll, anchor.t[anchor.masked.nonzero()[:, 0]]
@@ -329,8 +332,10 @@ def measure_losses(model: Transformer, train_set: list[Batch], held_out: list[Ba
     eval_by_t: held-out NLL per masked token in T_BINS equal bins of t.
     """
     model.eval()
-    train = [losses_with_and_without(model, batch, memory, seed + i) for i, batch in enumerate(train_set)]
-    held = [held_out_loss(model, batch, seed + i) for i, batch in enumerate(held_out)]
+    generator = generator_for(seed, "measure memory")
+    noisy = zip(train_set, stratified_anchors(train_set, seed))
+    train = [losses_with_and_without(model, batch, anchor, memory, generator) for batch, anchor in noisy]
+    held = [held_out_loss(model, batch, anchor) for batch, anchor in zip(held_out, stratified_anchors(held_out, seed))]
     weights = [[int(batch.maskable.sum()) for batch in part] for part in (train_set, held_out)]
     values = [np.average([loss[i] for loss in train], weights=weights[0]) for i in (0, 1)]
     values.append(np.average([loss for loss, _, _ in held], weights=weights[1]))

@@ -28,8 +28,8 @@ Glossary
   K          | memory.steps           | 2: pre-anchor, anchor
   w(t)       | 1 / (t + 1e-6)         | (B,) loss weight
   N          | sets                   | number of sets of fast weights: B (scope "sample") or 1 (scope "batch")
-  -          | stage                  | Stage: what one step of the inner loop masks, and what the next state masks
-  -          | state                  | State: a stage, and the prefix's output h (B, T, D) on it
+  -          | stage                  | Stage, drawn: what one step of the inner loop masks, and what the next one masks
+  -          | state                  | State, computed: a stage with the prefix's output h (B, T, D) on it
   -          | cut, prefix            | the layers before `cut` do not depend on phi; M masked positions, V vocabulary, D hidden
 
 Who is updated by what
@@ -51,6 +51,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -79,6 +80,7 @@ from model import (
     init_weights,
     kaiming_uniform,
     linear_layers,
+    llada_config,
     load_checkpoint,
     load_llada,
     load_model,
@@ -353,7 +355,10 @@ def prefix(model: Transformer, batch: Batch, masked: Tensor, memory: Memory) -> 
 def make_states(
     model: Transformer, batch: Batch, stages: list[Stage], memory: Memory, anchor: tuple[Tensor, Tensor] | None = None
 ) -> list[State]:
-    """Each mask's prefix once. anchor: a mask and its prefix's output that are there already."""
+    """Each mask's prefix once. anchor: a mask and its prefix's output that are there already.
+
+    Masks are told apart by identity: those of one trajectory share their tensors, and `stages` keeps them alive.
+    """
     known = {id(mask): h for mask, h in ([anchor] if anchor else [])}
     clean = torch.zeros_like(batch.maskable)
 
@@ -431,7 +436,7 @@ def memdlm_loss(
     memory: Memory,
     norm: str = "token",
 ) -> tuple[Tensor, Tensor]:
-    """The MDLM loss on x_t with phi_K in place, and the inner losses (K, N). First order: phi_K is a constant.
+    """The MDLM loss on x_t with phi_K in place, and the inner losses (K * epochs, N). First order: phi_K is a constant.
 
     Three forwards and three backwards would be the naive way. Fast weights live in the last layers only, so the prefix's
     activations on x_t serve both stage 2 and this loss, x_tpre's prefix needs no graph, and the inner backwards end
@@ -586,11 +591,11 @@ def start_state(
         return saved
     saved = saved.get("identity") or {}
     different = [key for key, value in meta["identity"].items() if saved.get(key) != value]
-    if resume and different == ["data"]:
-        raise UserError(f"--resume: the data has changed since {path} was saved. Leave --resume out to start again.")
-    if resume and different == ["processes"]:
-        raise UserError(f"--resume: {path} was saved by {saved['processes']} processes; start as many, or leave --resume out.")
-    return meta
+    if resume and different and set(different) <= {"data", "processes"}:
+        what = {"data": "the data has changed", "processes": f"it was saved by {saved.get('processes')} processes"}
+        reasons = " and ".join(what[key] for key in different)
+        raise UserError(f"--resume: {path}: {reasons}. Go on as it was, or leave --resume out to start again.")
+    return meta  # the checkpoint of an earlier run in this folder
 
 
 def say(text: str) -> None:
@@ -650,6 +655,8 @@ def memory_settings(config: dict) -> Memory:
 def split_pairs(pairs: list[data.Example]) -> tuple[list[data.Example], list[data.Example]]:
     """95% to train on, 5% held out, split by seed 42 (Sec. 4.1)."""
     order, held = np.random.default_rng(42).permutation(len(pairs)), max(1, len(pairs) // 20)
+    if len(pairs) == 1:
+        say("a single pair: it is trained on and held out, so the held-out loss says nothing new")
     return [pairs[i] for i in order[held:]] or pairs, [pairs[i] for i in order[:held]]
 
 
@@ -708,8 +715,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def backbone_tokenizer(args: argparse.Namespace) -> data.Tokenizer:
     """The checkpoint's. Random weights without one take the tiny tokenizer: any text will do for memory and speed."""
     if args.random_weights and not (Path(args.backbone) / "tokenizer.json").exists():
-        known = BACKBONES.get(args.backbone, ("", {}))[1]
-        return replace(data.TINY, mask=known.get("mask_id", data.MASK))
+        known = llada_config(args.backbone).mask_id
+        return data.TINY if known is None else replace(data.TINY, mask=known)
     return data.load_tokenizer(find_checkpoint(args.backbone), args.plain)
 
 
@@ -720,7 +727,10 @@ def load_backbone(args: argparse.Namespace, tokenizer: data.Tokenizer, device: s
         raise UserError("--load-4bit needs bitsandbytes: pip install bitsandbytes.")
     load = random_llada if args.random_weights else load_llada
     model = load(args.backbone, device, dtype, args.load_4bit).requires_grad_(False)
-    if model.config.mask_id not in (None, tokenizer.mask) or tokenizer.mask >= model.config.vocab_size:
+    if tokenizer.vocab_size > model.config.vocab_size:
+        rows = model.config.vocab_size
+        raise UserError(f"{args.backbone}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only {rows} rows.")
+    if model.config.mask_id not in (None, tokenizer.mask):
         raise UserError(f"{args.backbone}: [MASK] is {tokenizer.mask} in the tokenizer, {model.config.mask_id} in config.json.")
     model.config.mask_id = tokenizer.mask
     if args.load_4bit:
@@ -770,12 +780,13 @@ def run_backbone(args: argparse.Namespace, device: str) -> None:
     pairs = read_backbone_pairs(args, tokenizer, device)  # a fault in the data shows before the weights are loaded
     model = load_backbone(args, tokenizer, device)
     model.checkpointing = args.checkpoint_activations
-    steps = args.steps or math.ceil(args.epochs * len(pairs.train) / (args.batch * args.accumulate * world))
+    steps = args.steps or math.ceil(args.epochs * math.ceil(len(pairs.train) / args.batch) / (args.accumulate * world))
     more = {"steps": steps, "accumulate": args.accumulate, "betas": (0.9, 0.999), "theta_only": True}
     meta = fine_tune(args, model, pairs, args.method, args.seed, out, args.eval_every, **more)
     if rank > 0:
         return
-    save_adapter(model, out / "adapter", args.lora_rank, args.lora_alpha, args.lora_dropout, args.backbone)
+    base = BACKBONES.get(args.backbone, (args.backbone,))[0]
+    save_adapter(model, out / "adapter", args.lora_rank, args.lora_alpha, args.lora_dropout, base)
     results = {"config": settings(args), "machine": eval_niah.machine(device, str(model.embedding.weight.dtype)[6:])}
     results |= {"processes": world, "pairs": {"train": len(pairs.train), "held_out": len(pairs.held_out)}, "steps": steps}
     results |= {"seconds": meta["seconds"], "peak_memory_gib": eval_niah.peak_memory(device)}
@@ -896,6 +907,9 @@ def read_config(out: Path, dial: str = "tiny") -> dict:
     if not (out / "config.json").exists():
         raise UserError(f"there is no run in {out}: it has no config.json. Train one with memdlm.py, without --resume.")
     config = read_json(out / "config.json")
+    if config.get("dial", dial) != dial:
+        hint = "sample.py answers by it with --backbone ... --adapter" if config["dial"] == "backbone" else "use --run"
+        raise UserError(f"{out} holds a run of --{config['dial']}, not of --{dial} ({hint} {out}).")
     if not settings(build_parser(dial).parse_args([])).keys() <= config.keys():
         raise UserError(f"{out}/config.json was not written by this program; name a folder of a run.")
     return config
@@ -909,6 +923,13 @@ def start_run(args: argparse.Namespace, out: Path) -> None:
             if saved.get(name) != value:
                 flag = name.replace("_", "-")
                 raise UserError(f"--resume: the run in {out} was started with --{flag} {saved.get(name)}, not {value}.")
+    elif (out / "config.json").exists():
+        saved = read_json(out / "config.json")
+        for name in ("dial", "method"):
+            if saved.get(name, getattr(args, name, None)) != getattr(args, name, None):
+                raise UserError(
+                    f"--out {out} holds another run ({name} {saved[name]}), which would be lost: name another folder."
+                )
     check_writable(out)
     if processes()[0] == 0:
         write_json(out / "config.json", settings(args))
@@ -1032,9 +1053,12 @@ def start_processes(device: str) -> str:
     if "LOCAL_RANK" not in os.environ:
         return device
     if device == "cuda":
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise UserError(f"there are {torch.cuda.device_count()} GPUs: lower --nproc_per_node.")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    # While the first process measures the losses, the others wait for it.
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
     return device
 
 
@@ -1046,6 +1070,8 @@ def main(arguments: list[str] | None = None) -> None:
         args = build_parser(dial).parse_args(given)
         if dial == "backbone":
             run_backbone(args, start_processes(pick_device(args.device)))
+            if dist.is_initialized():
+                dist.destroy_process_group()
             return
         if not args.tiny:
             raise UserError("say what to run: python memdlm.py --tiny, or --backbone NAME_OR_DIR.")

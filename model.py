@@ -26,6 +26,8 @@ Glossary
   -          | attention_mask       | (B, T) 1 = real token, 0 = padding; or (B, 1, T, T), bool, or float to be added to scores
   -          | experts              | X feed-forward networks in one stack of weights (X, out, in); each token goes to k of them
   -          | routes               | Routes: which of the M = B T k rows (token, expert) lie where, sorted by expert
+  -          | owner                | (B T,) which of the N sets of phi a token uses
+  -          | dropped, inner       | what the outer LoRA reads instead of x (dropout), and its A x (..., r)
 
 Who owns what: this file holds no training logic and no state between calls. The fast weights come in as an argument
 (`fast=None` is the plain model) and never become parameters, so that forgetting them is letting go of a dictionary.
@@ -350,21 +352,23 @@ class SwiGLU(nn.Module):
 
 
 def softmax_router(scores: Tensor, bias: Tensor | None, config: Config) -> tuple[Tensor, Tensor]:
-    """LLaDA-MoE: scores (M, X) -> weights and indices (M, k) of the k most probable experts, not renormalised.
+    """LLaDA-MoE: scores (B T, X) -> weights and indices (B T, k) of the k most probable experts, not renormalised.
 
     The published code adds a bias, where there is one, to the probabilities, and mixes with the biased values.
     """
-    probability = scores.float().softmax(-1)
+    probability = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return (probability if bias is None else probability + bias).topk(config.experts_per_token, sorted=False)
 
 
 def sigmoid_router(scores: Tensor, bias: Tensor | None, config: Config) -> tuple[Tensor, Tensor]:
     """LLaDA2: the bias takes part in the choice only. A group of experts is as good as the sum of its two best; the k best
     experts of the groups kept are chosen; their weights add up to `routed_scale`."""
-    probability = scores.float().sigmoid()  # (M, X)
+    probability = scores.sigmoid()  # (B T, X), float32 as its router is
     value = probability if bias is None else probability + bias
-    groups = value.view(len(value), config.router_groups, -1)  # (M, groups, X / groups)
-    kept = groups.topk(2, dim=-1)[0].sum(-1).topk(config.router_groups_kept, dim=-1)[1]  # (M, groups kept)
+    groups = value.unflatten(-1, (config.router_groups, -1))  # (B T, groups, X / groups)
+    kept = (
+        groups.topk(min(2, groups.shape[-1]), dim=-1)[0].sum(-1).topk(config.router_groups_kept, dim=-1)[1]
+    )  # (B T, groups kept)
     closed = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, kept, False)
     chosen = groups.masked_fill(closed[..., None], -torch.inf).flatten(1).topk(config.experts_per_token, sorted=False)[1]
     weights = probability.gather(1, chosen)
@@ -402,7 +406,7 @@ class Mixture(nn.Module):
         rows = x.index_select(0, routes.token)  # (M, D)
         dropped = rows if dropped is x else dropped.index_select(0, routes.token)
         y = self.experts(rows, fast, f"{name}.experts", routes, dropped)  # (M, D)
-        y = y.index_select(0, routes.place).view(*chosen.shape, -1)  # (B T, k, D), back in the tokens' order
+        y = y.index_select(0, routes.place).view(*chosen.shape, x.shape[-1])  # (B T, k, D), back in the tokens' order
         y = torch.bmm(weights.to(y.dtype)[:, None], y).view_as(h)
         return y if self.shared is None else y + self.shared(x, fast, f"{name}.shared", by_set).view_as(h)
 
@@ -443,7 +447,7 @@ class Transformer(nn.Module):
 
     `forward` is embed -> layers -> head. Training cuts it into these three, because the fast weights touch the last
     feed-forward networks only: the prefix h = run(embed(ids), 0, cut) of one x_t serves several suffixes
-    run(h, cut, layers), and the head is applied to the masked rows alone.
+    read(h, cut, masked), which end in the masked rows alone, and the head is applied to these.
     """
 
     def __init__(self, config: Config):
@@ -626,11 +630,16 @@ LLADA2_NAMES |= {f"mlp.shared.{part}": LAYER + f"mlp.shared_experts.{part}_proj"
 
 NO, YES = (False, None), (True, None)
 DENSE_ONLY = {"activation_type": ("silu",), "block_type": ("llama",), "rope": (True,), "alibi": NO, "layer_norm_type": ("rms",)}
-DENSE_ONLY |= {"rope_full_precision": YES, "layer_norm_with_affine": YES, "block_group_size": (1, None), "clip_qkv": NO}
+DENSE_ONLY |= {"rope_full_precision": YES, "layer_norm_with_affine": YES, "block_group_size": (1, None), "clip_qkv": (None,)}
 DENSE_ONLY |= dict.fromkeys(("include_bias", "include_qkv_bias", "bias_for_layer_norm", "attention_layer_norm"), NO)
 DENSE_ONLY |= dict.fromkeys(("input_emb_norm", "scale_logits", "weight_tying", "multi_query_attention", "rope_scaling"), NO)
 MIXTURE_ONLY = {"hidden_act": ("silu",), "rope_scaling": NO, "tie_word_embeddings": NO}
-LLADA_MOE_ONLY = MIXTURE_ONLY | {"attention_bias": NO, "clip_qkv": NO, "norm_topk_prob": NO, "routed_scaling_factor": (1, None)}
+LLADA_MOE_ONLY = MIXTURE_ONLY | {
+    "attention_bias": NO,
+    "clip_qkv": (None,),
+    "norm_topk_prob": NO,
+    "routed_scaling_factor": (1, None),
+}
 LLADA_MOE_ONLY |= {
     "moe_router_score_function": ("softmax", None),
     "router_num_group": (None, 0, 1),
@@ -862,18 +871,27 @@ def put(model: Transformer, name: str, tensor: Tensor, load_4bit: bool) -> None:
         module.weight = nn.Parameter(tensor)
 
 
+def llada_config(name: str) -> Config:
+    """The sizes of a key of BACKBONES, or of a folder with a config.json."""
+    if name in BACKBONES:
+        return Config(**BACKBONES[name][1])
+    if not Path(name).is_dir():
+        raise UserError(f"--random-weights: {name} is neither {', '.join(BACKBONES)} nor a folder with a config.json.")
+    return read_llada_config(read_json(Path(name) / "config.json"), (), Path(name) / "config.json")
+
+
 def random_llada(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, load_4bit: bool = False, seed: int = 0
 ) -> Transformer:
     """A backbone at its real size (a key of BACKBONES, or a folder with a config.json) with random weights, N(0, 0.02), made
     on the device: to try memory and speed without a download."""
-    if name in BACKBONES:
-        config = Config(**BACKBONES[name][1])
-    else:
-        config = read_llada_config(read_json(Path(name) / "config.json"), (), Path(name) / "config.json")
+    config = llada_config(name)
     model, generator = on_meta(config), torch.Generator(device).manual_seed(seed)
     for ours, tensor in model.state_dict().items():
         made = torch.empty(tensor.shape, dtype=kept_dtype(config, ours, dtype), device=device)
+        if ours.endswith("router_bias"):
+            put(model, ours, made.zero_(), load_4bit)
+            continue
         put(model, ours, made.fill_(1) if tensor.dim() == 1 else made.normal_(0, 0.02, generator=generator), load_4bit)
     return model.eval()
 
@@ -921,7 +939,7 @@ def load_adapter(model: Transformer, folder: Path) -> list[str]:
     for key, values in ADAPTER_ONLY.items():
         if key in config and config[key] not in values:
             raise UserError(f"{folder}/adapter_config.json: {key} = {config[key]!r} is not supported.")
-    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
+    if not isinstance(config.get("r"), int) or config["r"] < 1 or not isinstance(config.get("lora_alpha"), (int, float)):
         raise UserError(f"{folder}/adapter_config.json: r or lora_alpha is missing.")
     tensors = read_tensors(path)[0]
     modules = {name.split(".lora_")[0] for name in tensors}

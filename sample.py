@@ -28,7 +28,9 @@ Glossary
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -57,9 +59,20 @@ from memdlm import (
     masked_fraction,
     memory_settings,
     read_config,
+    say,
     token_nll,
 )
-from model import Fast, Transformer, UserError, block_causal_mask, load_adapter, load_model
+from model import (
+    Fast,
+    Transformer,
+    UserError,
+    block_causal_mask,
+    count,
+    linear_layers,
+    load_adapter,
+    load_model,
+    read_json,
+)
 
 
 def commit_schedule(tokens: int, steps: int) -> list[int]:
@@ -241,7 +254,7 @@ class Write(NamedTuple):
 
 
 def paper_rule(model: Transformer, prompts: Tensor, write: Write, generators: list) -> tuple[Tensor, list[Stage]]:
-    """Sec. 4.5: each prompt token is masked with probability 0.2 (the anchor); stage 1 on its pre-anchor, stage 2 on itself."""
+    """Sec. 4.5: each prompt token is masked with probability `anchor_ratio` (the anchor); then the states of training."""
     everywhere, by_row = torch.ones_like(prompts[:1], dtype=torch.bool), []
     for generator in generators:
         masked = torch.rand(everywhere.shape, generator=generator).to(prompts.device) < write.anchor_ratio
@@ -303,7 +316,8 @@ def write_prompt(model: Transformer, prompts: Tensor, write: Write, seed: int, f
     """phi for prompts (B, P), phi_2 under the paper's rule: one set of fast weights per prompt, from nothing but the prompt.
 
     Row i's random draws depend on (seed, first_row + i) alone, so that the batch size changes no result. The caller
-    puts the model in eval mode (no LoRA dropout). Loss weights are 1 instead of 1/t (Sec. 4.5).
+    puts the model in eval mode (no LoRA dropout). Loss weights are 1 instead of 1/t (Sec. 4.5). Attention is full, also for
+    LLaDA2, whose answers are then decoded under block-causal attention: so it is in the published code.
     """
     memory, generators = write.memory, [generator_for(seed, "write", first_row + i) for i in range(len(prompts))]
     sets = [init_fast(model, memory, 1, generator) for generator in generators]
@@ -363,20 +377,29 @@ def load_run(args: argparse.Namespace, device: str) -> tuple[Transformer, data.T
 
 
 def load_real(args: argparse.Namespace, device: str) -> tuple[Transformer, data.Tokenizer, Write, int, int]:
-    """The same of --backbone and --adapter, with the paper's writing rule."""
-    tokenizer = backbone_tokenizer(args)
+    """The same of --backbone and --adapter, with the paper's writing rule and, where the adapter lies in the folder of a
+    fine-tuning, the memory that it was trained with."""
+    tokenizer, write = backbone_tokenizer(args), Write()
     model = load_backbone(args, tokenizer, device)
     if args.adapter:
-        print(f"LoRA on {len(load_adapter(model, Path(args.adapter)))} layers or stacks of experts, from {args.adapter}")
-    return model.eval(), tokenizer, Write(), args.seed or 0, 1 << 20
+        load_adapter(model, Path(args.adapter))
+        adapted = [layer for layer in linear_layers(model).values() if layer.lora_A is not None]
+        say(f"LoRA on {count(adapted)} of {count(linear_layers(model).values())} linear layers, from {args.adapter}")
+        training = Path(args.adapter).parent / "config.json"
+        if training.exists() and read_json(training).get("dial") == "backbone":
+            write = Write(memory=memory_settings(read_config(training.parent, "backbone")))
+    if args.memory:
+        say(f"the prompt is written with {write.memory}")
+    return model.eval(), tokenizer, write, args.seed or 0, 1 << 20
 
 
 def run(args: argparse.Namespace) -> None:
     if bool(args.run) == bool(args.backbone):
         raise UserError("say whose answer is wanted: --run DIR of a --tiny run, or --backbone NAME_OR_DIR.")
-    if args.adapter and args.run:
-        raise UserError("--adapter goes with --backbone.")
-    model, tokenizer, write, seed, longest = (load_run if args.run else load_real)(args, pick_device(args.device))
+    if args.run and (args.adapter or args.random_weights or args.load_4bit or args.plain or args.dtype != "auto"):
+        raise UserError("--adapter, --random-weights, --load-4bit, --plain and --dtype go with --backbone, not with --run.")
+    with redirect_stdout(sys.stderr) if args.quiet else nullcontext():
+        model, tokenizer, write, seed, longest = (load_run if args.run else load_real)(args, pick_device(args.device))
     ids, llada2 = tokenizer.encode_prompt(args.prompt), model.config.architecture == "llada2"
     if not ids or len(ids) > longest:
         raise UserError(f"--prompt has {len(ids)} tokens; it must have 1 to {longest}.")
@@ -384,6 +407,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--schedule is not for LLaDA2, which has a block sampler of its own.")
     if wrong := [token for token in args.suppress if token >= model.config.vocab_size]:
         raise UserError(f"--suppress: {wrong[0]} is no token; the vocabulary has {model.config.vocab_size}.")
+    if len({model.config.mask_id, *args.suppress}) == model.config.vocab_size:
+        raise UserError("--suppress leaves no token to choose.")
     prompt = torch.tensor([ids], device=next(model.parameters()).device)
     fast = write_prompt(model, prompt, write, seed) if args.memory else None
     show = None if args.quiet else lambda canvas: print(canvas_text(canvas[0, len(ids) :].tolist(), tokenizer).strip())

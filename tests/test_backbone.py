@@ -21,6 +21,7 @@ import data
 import eval_niah
 import memdlm
 import model as program
+import sample
 from memdlm import METHODS, Memory, Objective, generator_for
 from model import Linear, adapter_tensors, add_outer_lora, count, linear_layers, load_adapter, load_llada
 
@@ -127,7 +128,7 @@ def test_fine_tuning_lowers_the_loss(tune, tmp_path, method):
     """Forty quick steps on twenty pairs."""
     out = tune(tmp_path / "run", "--method", method, "--steps", 40, "--lr", 1e-2)
     first, last = read(out)["loss"]
-    assert last["train_without_memory"] < 0.9 * first["train_without_memory"]
+    assert last["train_without_memory"] < 0.95 * first["train_without_memory"]
     assert last["method"] == method
 
 
@@ -315,7 +316,7 @@ def test_a_run_goes_on_only_as_it_was_started(tuned, toys, tmp_path, refused):
     tensors, meta = memdlm.load_checkpoint(out / "memdlm.safetensors")
     meta["identity"]["processes"] = 8
     memdlm.save_checkpoint(out / "memdlm.safetensors", tensors, meta)
-    assert "was saved by 8 processes" in refused(memdlm.main, *base)
+    assert "it was saved by 8 processes" in refused(memdlm.main, *base)
     meta["identity"] |= {"processes": 1, "data": 0}
     memdlm.save_checkpoint(out / "memdlm.safetensors", tensors, meta)
     assert "the data has changed" in refused(memdlm.main, *base)
@@ -358,3 +359,29 @@ def test_two_processes_take_the_steps_of_one_with_both_batches(tune, toys, tmp_p
     assert read(tmp_path / "two")["processes"] == 2
     for a, b in zip(read(one)["loss"], read(tmp_path / "two")["loss"]):
         assert [b[key] for key in eval_niah.LOSSES] == pytest.approx([a[key] for key in eval_niah.LOSSES], rel=1e-4)
+
+
+def test_epochs_count_batches_not_pairs(tune, tmp_path):
+    """19 pairs in batches of 16 are two batches: three epochs are six steps, also where the last batch is short."""
+    out = tune(tmp_path, "--steps", 0, "--epochs", 3, "--batch", 16)
+    assert read(out)["steps"] == 6
+
+
+def test_a_run_is_not_written_over_another_one(tuned, tune, tmp_path, capsys):
+    """Neither over another method's nor over a --tiny run's: adapter, results and config would be lost."""
+    out = shutil.copytree(tuned, tmp_path / "run")
+    before = contents(out)
+    with pytest.raises(SystemExit) as stop:
+        tune(out, "--method", "mdlm")
+    assert stop.value.code == 2
+    assert "name another folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        memdlm.main(["--tiny", "--out", str(out)])
+    assert contents(out) == before
+
+
+def test_a_prompt_is_written_with_the_memory_that_the_adapter_was_trained_with(tuned, toys, capsys):
+    """sample.py reads it from the run beside the adapter, and says so."""
+    arguments = ["--backbone", toys["llada-moe"], "--adapter", tuned / "adapter", "--prompt", "Who?", "--memory", "--quiet"]
+    sample.main([str(argument) for argument in [*arguments, "--length", 2]])
+    assert "Memory(rank=4," in capsys.readouterr().err

@@ -82,7 +82,8 @@ def test_adapter_and_memory_each_change_the_logits(ask, toys, kind):
     lines, ids, _ = ask(*adapter, "--memory", kind=kind)
     assert len(ids) == 6
     assert MASK not in ids
-    assert lines[0] == f"LoRA on {len(program.linear_layers(toy_model(kind)))} layers or stacks of experts, from {adapter[1]}"
+    layers = program.count(program.linear_layers(toy_model(kind)).values())
+    assert lines[0] == f"LoRA on {layers} of {layers} linear layers, from {adapter[1]}"
 
 
 def test_quiet_prints_the_answer_alone(ask):
@@ -197,9 +198,11 @@ def test_what_cannot_be_answered_is_one_line(toys, tmp_path, refused, name):
     assert re.search(named, said), said
 
 
-def test_an_adapter_goes_with_a_backbone(toys, refused):
+def test_what_names_a_backbone_goes_with_a_backbone(toys, refused):
+    """A flag that --run would not look at is refused, not passed over."""
+    foreign = (["--adapter", "y"], ["--random-weights"], ["--load-4bit"], ["--plain"], ["--dtype", "float32"])
     for rest, named in (
-        (["--run", "x", "--adapter", "y"], "--adapter goes with --backbone"),
+        *((["--run", "x", *flags], "go with --backbone, not with --run") for flags in foreign),
         ([], "say whose answer is wanted"),
     ):
         assert named in refused(sample.main, "--prompt", PROMPT, *rest)
@@ -219,7 +222,7 @@ TUNED = {
     "the other dial's flag": ("--noise 0.1", "unrecognized arguments: --noise"),
     "no LoRA": ("--lora-rank 0", "--lora-rank: 0 is not a whole number of at least 1"),
     "nothing to go on with": ("--resume", "there is no run in"),
-    "a wrong name": ("--backbone llada-9b --random-weights", "config.json is missing in llada-9b"),
+    "a wrong name": ("--backbone llada-9b --random-weights", "llada-9b is neither llada-8b"),
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import data
+import eval_niah
 from data import EOS, MASK, TOKENIZER, Example
 from model import UserError
 
@@ -62,8 +63,8 @@ def test_a_typed_special_token_is_ordinary_text(text):
 def test_a_users_text_begins_like_the_training_text():
     """All training text begins with a space, and " river" is one token where "river" is five bytes: a space is put in front,
     unless there is one (or the text is empty, which is for the caller to refuse)."""
-    assert data.encode_text("river holds") == data.encode_text(" river holds") == TOKENIZER.encode_ordinary(" river holds")
-    assert data.encode_text("") == []
+    assert data.TINY.encode("river holds") == data.TINY.encode(" river holds") == TOKENIZER.encode_ordinary(" river holds")
+    assert data.TINY.encode("") == []
 
 
 def test_special_ids_are_the_last_two_of_the_vocabulary():
@@ -201,14 +202,14 @@ def test_the_oracle_scores_one_and_silence_zero(task):
     """The clean answer contains every reference, an empty answer none, half of the answer a part."""
     for example in data.make_examples(task, 30, 96, 6):
         answer = data.decode(example.response)
-        assert data.score(example.references, answer) == 1
-        assert data.score(example.references, "") == 0
-        assert 0 < data.score(example.references, re.match(r" \w+( (holds|went|=) \w+)?", answer)[0]) < 1
+        assert eval_niah.string_match_all(example.references, answer) == 1
+        assert eval_niah.string_match_all(example.references, "") == 0
+        assert 0 < eval_niah.string_match_all(example.references, re.match(r" \w+( (holds|went|=) \w+)?", answer)[0]) < 1
 
 
 def test_score_is_the_share_of_references_found():
     """RULER's string_match_all, by hand: two of four references stand in the output."""
-    assert data.score(("12", "34", "56", "78"), " river holds 34. river holds 78.") == 0.5
+    assert eval_niah.string_match_all(("12", "34", "56", "78"), " river holds 34. river holds 78.") == 0.5
 
 
 def test_decode_stops_at_the_first_end_of_text():

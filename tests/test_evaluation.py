@@ -183,3 +183,15 @@ def test_wilson_interval_equals_known_values(mean, n, low, high):
 def test_t_interval_equals_known_values(values, mean, half):
     """Student's t over seeds: quantile 2.776 for five of them, 12.706 for two, and no interval at all for one."""
     assert eval_niah.t_interval(values) == pytest.approx((mean, half), abs=2e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_measured_noise_levels_cover_0_to_1_however_examples_are_batched(size):
+    """Six examples have t = 1/12, 3/12 ... 11/12, each the same one in every batching: measurements of runs with different
+    batch sizes, or at different steps, are then comparable."""
+    everywhere = torch.ones(6, 5, dtype=torch.bool)
+    batch = data.Batch(torch.zeros(6, 5, dtype=torch.long), everywhere, None)
+    cut = [data.Batch(batch.x0[i : i + size], batch.maskable[i : i + size], None) for i in range(0, 6, size)]
+    t = torch.cat([anchor.t for anchor in eval_niah.stratified_anchors(cut, 3)])
+    assert torch.equal(t, eval_niah.stratified_anchors([batch], 3)[0].t)
+    torch.testing.assert_close(t.sort()[0], (torch.arange(6) + 0.5) / 6)

@@ -32,6 +32,7 @@ from memdlm import (
     init_fast,
     inner_loop,
     make_states,
+    mdlm_loss,
     memdlm_loss,
     sgd,
 )
@@ -43,6 +44,7 @@ from model import (
     Mixture,
     grouped_matmul,
     loop_matmul,
+    lora_input,
     matmul,
     pick_matmul,
     sigmoid_router,
@@ -407,3 +409,40 @@ def test_the_toys_have_what_they_are_to_test():
     assert (rich.rotary_fraction, llada2.rotary_fraction, dense.rotary_fraction) == (0.5, 0.5, 1.0)
     assert llada2.fused_qkv
     assert dense.kv_heads < dense.heads
+
+
+# ---- nothing to read ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["mdlm", "memdlm"])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_batch_without_a_masked_token_costs_nothing_and_teaches_nothing(kind, method):
+    """A short answer draws no mask now and then (t near 0). The last mixture then gets no rows at all: the loss must be
+    zero, and so must every gradient, not an error that a resumed run would meet again."""
+    model, (batch, anchor) = add_random_lora(toy_model(kind)), toy_batch()
+    nothing = Anchor(anchor.t, torch.zeros_like(anchor.masked))
+    if method == "mdlm":
+        loss = mdlm_loss(model, batch, nothing)
+    else:
+        stages, fast = (
+            STRATEGIES["consistent"](nothing, batch.maskable, MEMORY, generator_for(0)),
+            random_fast(model, MEMORY, 4),
+        )
+        loss, inner = memdlm_loss(model, batch, nothing, stages, fast, MEMORY)
+        assert (inner == 0).all()
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+def test_dropout_keeps_the_mean_and_drops_the_share_it_is_asked_to():
+    """On a CPU the outer LoRA's dropout is made of 16-bit numbers: its share and its scale must be those of F.dropout."""
+    layer = Linear(8, 8)
+    layer.add_lora(4, 8.0, 0.05)
+    x = torch.ones(500, 800, requires_grad=True)
+    y = lora_input(x, layer.train())
+    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / 0.95))
+    assert (y == 0).double().mean().item() == pytest.approx(0.05, abs=5 * (0.05 * 0.95 / x.numel()) ** 0.5)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, y.detach())
+    assert lora_input(x, layer.eval()) is x

@@ -428,5 +428,5 @@ def test_random_weights_need_a_config_and_nothing_else(kind, folder):
 
 
 def test_random_weights_of_a_wrong_name_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"config.json is missing in .*absent"):
+    with pytest.raises(UserError, match=r"absent is neither llada-8b, .* nor a folder with a config.json"):
         random_llada(str(tmp_path / "absent"))
