@@ -649,8 +649,8 @@ def jsonl_records(name: str | Path, text: str) -> Iterator[tuple[str, object]]:
 
 
 def alpaca_records(name: str | Path, text: str) -> Iterator[tuple[str, dict]]:
-    """(where, pair) of each record of a JSON list in the form of Alpaca and LongAlpaca. Records without an answer, which
-    Alpaca has a few of, are passed over."""
+    """(where, pair) of each record of a JSON list in the form of Alpaca and LongAlpaca. Records with an empty answer,
+    which Alpaca has a few of, are passed over."""
     try:
         records = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -777,6 +777,7 @@ def guarded(run: Callable[[], None]) -> None:
 
 
 def pick_device(name: str) -> str:
+    """--device: "auto" takes the first of cuda, mps and cpu that is there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return next(device for device, there in available.items() if there)

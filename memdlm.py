@@ -239,8 +239,8 @@ def draw_pre_anchor(masked: Tensor, maskable: Tensor, start_scale: float, genera
     # Three bands: 2 to 3 is masked already, 0 to 1 is maskable, -2 to -1 is never masked.
     order = (chance + 2.0 * masked - 2.0 * ~maskable).argsort(dim=1, descending=True)
     pairs = zip(masked.sum(1).tolist(), maskable.sum(1).tolist())
-    count = torch.tensor([pre_anchor_count(k, n, start_scale) for k, n in pairs], device=masked.device)
-    first = torch.arange(masked.shape[1], device=masked.device) < count[:, None]
+    counts = torch.tensor([pre_anchor_count(k, n, start_scale) for k, n in pairs], device=masked.device)
+    first = torch.arange(masked.shape[1], device=masked.device) < counts[:, None]
     return torch.zeros_like(masked).scatter(1, order, first)
 
 
@@ -998,6 +998,7 @@ def training_flags(flag: Callable) -> None:
 
 
 def build_parser(dial: str = "tiny") -> Parser:
+    """The flags of one dial, with its defaults."""
     parser = Parser(
         "Trains Standard MDLM and MemDLM. Paper values in brackets. --backbone X --help shows a real backbone's flags."
     )

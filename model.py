@@ -192,6 +192,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(self.quantized[0], requires_grad=False)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The quantized weight as numbers again."""
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(*self.quantized).view(*self.stack, self.out_features, self.in_features).to(dtype)
@@ -596,12 +597,14 @@ def mixture_sizes(c: dict) -> dict:
 
 
 def llada_moe_sizes(c: dict) -> dict:
+    """config.json of LLaDA-MoE."""
     sizes = {"qk_norm": c["qk_layernorm"], "ffn": c["dense_intermediate_size"], "expert_ffn": c["expert_intermediate_size"]}
     sizes |= {"moe_layers": tuple(i for i, moe in enumerate(c["moe_layer_freq"]) if moe)}
     return mixture_sizes(c) | sizes | {"shared_ffn": c.get("shared_expert_intermediate_size") or 0}
 
 
 def llada2_sizes(c: dict) -> dict:
+    """config.json of LLaDA2.0 and LLaDA2.1."""
     sizes = {"qk_norm": c["use_qk_norm"], "ffn": c["intermediate_size"], "expert_ffn": c["moe_intermediate_size"]}
     sizes |= {"moe_layers": tuple(range(c["first_k_dense_replace"], c["num_hidden_layers"])), "fused_qkv": True}
     sizes |= {"shared_ffn": c["moe_intermediate_size"] * (c.get("num_shared_experts") or 0), "router": "sigmoid"}

@@ -104,6 +104,7 @@ class Block(NamedTuple):
 
 
 def cut_blocks(length: int, block_length: int) -> list[tuple[int, int]]:
+    """Where the blocks of an answer begin and end; the last one may be shorter."""
     return [(start, min(start + block_length, length)) for start in range(0, length, block_length)]
 
 
