@@ -151,7 +151,7 @@ class QuantizedMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        return matmul(grad, ctx.layer.unpacked(grad.dtype).mT.contiguous(), ctx.ends), None, None
+        return matmul(grad, ctx.layer.unpacked(grad.dtype).mT, ctx.ends), None, None
 
 
 class Linear(nn.Module):
