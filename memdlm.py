@@ -793,7 +793,8 @@ def run_backbone(args: argparse.Namespace, device: str) -> None:
     results |= {"skipped_updates": meta["skipped"], "loss": meta["log"]}
     write_json(out / "results.json", results)
     for record in meta["log"][:: max(1, len(meta["log"]) - 1)]:
-        print(", ".join(f"{key} {record[key]}" for key in ("step", *eval_niah.LOSSES)))
+        losses = (f"{key} {math.nan if record[key] is None else record[key]:.4f}" for key in eval_niah.LOSSES)
+        print(f"step {record['step']}:", ", ".join(losses))
     print(f"Outer updates skipped as not finite: {meta['skipped']} of {steps}. Written to {out}/: adapter/, results.json.")
 
 
