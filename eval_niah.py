@@ -156,15 +156,6 @@ def babilong_accuracy(target: str, output: str) -> float:
 # ---- Monte-Carlo likelihood (LLaDA, arXiv 2502.09992) ----------------------------------------------------------------------
 
 
-def likelihood_masks(prompt: int, answer: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """n masks (n, P + R) of the answer, and the share of it that each hides (n,): counts spread evenly over 1 .. R from a
-    random start, positions drawn without replacement."""
-    start = int(torch.randint(1, answer + 1, (1,), generator=generator))
-    counts = (torch.arange(n) * answer / n + start).round().long().sub(1).remainder(answer) + 1  # (n,)
-    rank = torch.rand(n, answer, generator=generator).argsort(dim=1).argsort(dim=1)
-    return F.pad(rank < counts[:, None], (prompt, 0)), counts / answer
-
-
 @torch.no_grad()
 def log_likelihood(
     model: Transformer, x0: Tensor, prompt: int, masked: Tensor, share: Tensor, cfg_scale: float = 0.0

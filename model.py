@@ -367,9 +367,8 @@ def sigmoid_router(scores: Tensor, bias: Tensor | None, config: Config) -> tuple
     probability = scores.sigmoid()  # (B T, X), float32 as its router is
     value = probability if bias is None else probability + bias
     groups = value.unflatten(-1, (config.router_groups, -1))  # (B T, groups, X / groups)
-    kept = (
-        groups.topk(min(2, groups.shape[-1]), dim=-1)[0].sum(-1).topk(config.router_groups_kept, dim=-1)[1]
-    )  # (B T, groups kept)
+    worth = groups.topk(min(2, groups.shape[-1]), dim=-1)[0].sum(-1)  # (B T, groups)
+    kept = worth.topk(config.router_groups_kept, dim=-1)[1]  # (B T, groups kept)
     closed = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, kept, False)
     chosen = groups.masked_fill(closed[..., None], -torch.inf).flatten(1).topk(config.experts_per_token, sorted=False)[1]
     weights = probability.gather(1, chosen)
@@ -395,7 +394,7 @@ class Mixture(nn.Module):
         x, sets, by_set = h.flatten(0, 1), fast.sets() if fast else 1, None  # (B T, D)
         if owner is None:
             owner = torch.arange(len(x), device=x.device) * sets // len(x)
-        else:  # the shared expert's rows are no longer the same number for each set
+        elif sets > 1:  # the shared expert's rows are no longer the same number for each set
             by_set = sort_by_expert(torch.zeros_like(owner)[:, None], 1, owner, sets)
         dropped = lora_input(x, self.experts.gate)  # shared by router and experts
         if self.config.router == "sigmoid":
@@ -665,16 +664,8 @@ REAL_MOE |= {"canon": 0, "qk_norm": True}
 BACKBONES = {
     "llada-8b": (
         "GSAI-ML/LLaDA-8B-Base",
-        {
-            "architecture": "llada",
-            "vocab_size": 126464,
-            "mask_id": 126336,
-            "hidden": 4096,
-            "layers": 32,
-            "heads": 32,
-            "canon": 0,
-        }
-        | {"kv_heads": 32, "head_dim": 128, "ffn": 12288, "rope_base": 500_000.0, "rotary_fraction": 1.0},
+        {"architecture": "llada", "vocab_size": 126464, "mask_id": 126336, "hidden": 4096, "layers": 32, "heads": 32}
+        | {"canon": 0, "kv_heads": 32, "head_dim": 128, "ffn": 12288, "rope_base": 500_000.0, "rotary_fraction": 1.0},
     ),
     "llada-moe": (
         "inclusionAI/LLaDA-MoE-7B-A1B-Base",
@@ -743,9 +734,8 @@ def check_sizes(config: Config, where: Path) -> None:
         if kind and (type(value) not in kind or (value or 0) < 0):
             raise UserError(f"{where}: {field.name} = {value!r} in it is not usable.")
     needed = {"vocab_size", "hidden", "layers", "heads", "kv_heads", "head_dim", "rope_base"}
-    needed |= (
-        {"experts", "experts_per_token", "expert_ffn", "router_groups", "router_groups_kept"} if config.moe_layers else set()
-    )
+    if config.moe_layers:
+        needed |= {"experts", "experts_per_token", "expert_ffn", "router_groups", "router_groups_kept"}
     if none := [name for name in sorted(needed) if not getattr(config, name)]:
         raise UserError(f"{where}: {none[0]} = 0 in it is not usable.")
     whole = {"heads": config.heads % config.kv_heads, "experts": config.experts % config.router_groups}

@@ -26,6 +26,7 @@ from memdlm import (
     make_states,
     stage_loss,
 )
+from model import Fast
 from sample import WRITE_RULES, Write, cut_windows, token_surprise, write_prompt
 
 
@@ -66,15 +67,20 @@ def test_answers_with_memory_do_not_depend_on_the_batch_size(sharp, write):
     assert eval_niah.answer(sharp, examples, write, 0, batch_size=1) == eval_niah.answer(sharp, examples, write, 0)
 
 
-def test_prompts_written_together_equal_prompts_written_alone(model, write):
-    """Row i's fast weights depend on its prompt and on (seed, i), not on its neighbours."""
-    prompts = prompts_of(3, 19)
+def written_together_and_alone(model, prompts: torch.Tensor, write) -> Fast:
+    """The fast weights of all prompts at once, after comparing each set with that of its prompt alone."""
     together = write_prompt(model, prompts, write, seed=5)
-    for i in range(3):
+    for i in range(len(prompts)):
         alone = write_prompt(model, prompts[i : i + 1], write, seed=5, first_row=i)
         for name, pair in alone.weights.items():
             for p, q in zip(pair, together.weights[name]):
                 torch.testing.assert_close(q[i : i + 1], p, **TIGHT, msg=f"row {i}, {name}")
+    return together
+
+
+def test_prompts_written_together_equal_prompts_written_alone(model, write):
+    """Row i's fast weights depend on its prompt and on (seed, i), not on its neighbours."""
+    together = written_together_and_alone(model, prompts_of(3, 19), write)
     assert together.weights["layers.3.mlp.up"][1].abs().max() > 1e-4, "nothing was written"
 
 
@@ -88,13 +94,7 @@ def test_every_variant_of_the_inner_loop_writes_each_prompt_alone(model, write, 
     written one by one, whatever the variant; a short prompt, of which hardly anything is masked, does no harm."""
     write = write._replace(memory=replace(write.memory, **change))
     for length in (19, 2):
-        prompts = prompts_of(3, length)
-        together = write_prompt(model, prompts, write, seed=5)
-        for i in range(3):
-            alone = write_prompt(model, prompts[i : i + 1], write, seed=5, first_row=i)
-            for name, pair in alone.weights.items():
-                for p, q in zip(pair, together.weights[name]):
-                    torch.testing.assert_close(q[i : i + 1], p, **TIGHT, msg=f"row {i}, {name}")
+        together = written_together_and_alone(model, prompts_of(3, length), write)
         if length == 19:
             assert all(B.isfinite().all() and B.any() for _, B in together.weights.values())
 
