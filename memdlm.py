@@ -909,8 +909,8 @@ def read_config(out: Path, dial: str = "tiny") -> dict:
         raise UserError(f"there is no run in {out}: it has no config.json. Train one with memdlm.py, without --resume.")
     config = read_json(out / "config.json")
     if config.get("dial", dial) != dial:
-        hint = "sample.py answers by it with --backbone ... --adapter" if config["dial"] == "backbone" else "use --run"
-        raise UserError(f"{out} holds a run of --{config['dial']}, not of --{dial} ({hint} {out}).")
+        how = {"tiny": f"--run {out}", "backbone": f"--backbone NAME_OR_DIR --adapter {out}/adapter"}[config["dial"]]
+        raise UserError(f"{out} holds a run of --{config['dial']}, not of --{dial}; sample.py answers by it with {how}.")
     if not settings(build_parser(dial).parse_args([])).keys() <= config.keys():
         raise UserError(f"{out}/config.json was not written by this program; name a folder of a run.")
     return config
