@@ -1,6 +1,6 @@
 """
-data.py: tokenizers (the tiny one and those of real backbones), four small reading tasks in plain English, the user's own
-pairs, and batches of them.
+data.py: tokenizers (the tiny one and those of real backbones), small reading tasks in plain English, the user's own pairs,
+batches of them, and the questions of two benchmarks.
 
 Every example of the tiny run is a haystack of sentences, a question about a few of them (the needles), and an answer of
 several tokens:
@@ -10,14 +10,21 @@ several tokens:
   vt     RULER var. tracking   " alpha = 47. beta = alpha." ... 2 chains    " alpha = 47. beta = alpha. gamma = beta."
   cwe    RULER common words    " lamp." four times, other words once        " lamp stone."
   babi   bAbI who is where     " Mary went home."; the last move counts     " Mary went home. John went north."
+  qa1    bAbI 1: who is where  " Mary went home."; the last move counts     " Mary went home."
+  qa2    bAbI 2: what is where " Mary holds the lamp.", " Mary left the     " The lamp is home."
+  qa3    bAbI 3: ... and was     lamp.", and moves                          " The lamp was home."
+  qa4    bAbI 4: directions    " The lamp is north of the river.", twice    " The river is south of the lamp."
+  qa5    bAbI 5: gifts         " Mary gave the lamp to Bill.", and as qa2   " Mary gave the lamp to Bill."
 
+The tiny run trains on the first four (TASKS); the others (FACT_TASKS) are BABILong's five, in the tiny vocabulary.
 Between the needles stands a filler that repeats three sentences, as RULER's "noise" haystack does: a longer example is the
 same problem with more filler. That the filler is *predictable* matters when a prompt is written into the weights
 (Sec. 4.5): on random filler there would be nothing but noise to write.
 
-Reading list: RULER, Hsieh et al. 2024, arXiv 2404.06654; bAbI, Weston et al. 2015, arXiv 1502.05698; LongAlpaca, Chen et
-al. 2023, arXiv 2309.12307; byte pair encoding, Sennrich et al. 2015, arXiv 1508.07909, and on bytes, the GPT-2 report
-(Radford et al. 2019, Sec. 2.2); tiktoken's README; Hugging Face's "Chat templates".
+Reading list: RULER, Hsieh et al. 2024, arXiv 2404.06654; bAbI, Weston et al. 2015, arXiv 1502.05698; BABILong, Kuratov et
+al. 2024, arXiv 2406.10149; LongAlpaca, Chen et al. 2023, arXiv 2309.12307; byte pair encoding, Sennrich et al. 2015, arXiv
+1508.07909, and on bytes, the GPT-2 report (Radford et al. 2019, Sec. 2.2); tiktoken's README; Hugging Face's "Chat
+templates".
 
 Glossary
   paper      | name here      | shape
@@ -37,11 +44,14 @@ import itertools
 import json
 import math
 import os
+import random
 import re
+import string
 import sys
 import unicodedata
+import uuid
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -551,6 +561,10 @@ def fingerprint() -> int:
 
 def make_examples(task: str, n: int, length: int, seed: int, noise: float = 0.0) -> list[Example]:
     """n examples of one task, at most `length` tokens each, the same for the same seed and n. References are clean."""
+    if task in FACT_TASKS:
+        if noise:
+            raise UserError(f"{task} has no noisy answers; leave it out, or set the noise to 0.")
+        return [fact_example(task, index, length, seed) for index in range(n)]
     rng = np.random.default_rng([seed, length, list(TASKS).index(task)])
     ids, is_answer = make_arrays(task, n, length, rng)
     prompts, clean = ids[:, ~is_answer], ids[:, is_answer]
@@ -630,12 +644,12 @@ def encode_pair(record: object, where: str, max_length: float = math.inf, tokeni
     return Example(prompt, response)
 
 
-def read_text(path: str | Path) -> str:
-    """A --data file's text, or a UserError that names the file."""
+def read_text(path: str | Path, flag: str = "--data") -> str:
+    """A file's text, or a UserError that names it and the flag that named it."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --data {path}: {error}.") from None
+        raise UserError(f"cannot read {flag} {path}: {error}.") from None
 
 
 def jsonl_records(name: str | Path, text: str) -> Iterator[tuple[str, object]]:
@@ -712,6 +726,802 @@ def read_pairs(source: str, tokenizer: Tokenizer, max_length: int) -> tuple[list
     return kept, dropped
 
 
+# ---- questions of a benchmark, at any length ---------------------------------------------------------------------------------
+
+
+class Question(NamedTuple):
+    """What a model reads, how many tokens it may answer with, and the strings that a right answer contains."""
+
+    task: str
+    prompt: list[int]
+    tokens: int
+    references: tuple[str, ...]
+    text: str = ""  # the prompt as a string
+    asked: str = ""  # the question alone: BABILong's own scoring sets aside the labels that it names
+    depth: float | None = None  # of a single needle: 0 where the haystack begins, 1 where it ends
+
+
+class Style(NamedTuple):
+    """What a benchmark's prompts depend on, beside the seed."""
+
+    encode: Callable[[str, str], list[int]]  # (text, the answer's prefix) -> ids
+    protocol: str = "original"  # or "harness": lm-evaluation-harness's wording, which the paper's scores were made with
+    haystack: str | None = None  # a text of the user's to hide facts in
+    babi: Path | None = None  # a folder with bAbI's published files, whose stories take the place of ours
+
+
+class Draft(NamedTuple):
+    """A prompt whose haystack may have any size, in whatever its generator counts."""
+
+    render: Callable[[int], tuple[str, float | None]]  # size -> text up to the answer's prefix, depth of a single needle
+    smallest: int
+    tokens: int  # to generate
+    references: tuple[str, ...]
+    prefix: str = ""  # put into the model's mouth
+    asked: str = ""
+    largest: int = 1 << 24
+
+
+def cost(draft: Draft, size: int, style: Style) -> int:
+    """Tokens of the prompt with that much haystack, and of the answer."""
+    return len(style.encode(draft.render(size)[0], draft.prefix)) + draft.tokens
+
+
+def too_short(task: str, least: int, length: int) -> UserError:
+    return UserError(f"{task} needs at least {least} tokens; --lengths {length} is too short for it.")
+
+
+def grow(task: str, draft: Draft, length: int, style: Style) -> Question:
+    """The draft with as much haystack as fits, found by bisection: prompt and answer have at most `length` tokens."""
+    low, high = draft.smallest, 2 * draft.smallest + 1
+    if (least := cost(draft, low, style)) > length:
+        raise too_short(task, least, length)
+    while high <= draft.largest and cost(draft, high, style) <= length:
+        low, high = high, 2 * high
+    high = min(high, draft.largest + 1)
+    while high - low > 1:  # `low` has been seen to fit, whether or not a larger haystack always costs more
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(draft, middle, style) <= length else (low, middle)
+    text, depth = draft.render(low)
+    ids = style.encode(text, draft.prefix)
+    return Question(task, ids, draft.tokens, draft.references, text + draft.prefix, draft.asked, depth)
+
+
+def make_draft(task: str, index: int, length: int, seed: int, style: Style) -> Draft:
+    """Question `index` before its haystack is measured out. Its draws depend on seed, task and index alone: not on what else is
+    asked, and not on the length, so that scores over length compare the same questions."""
+    return BENCHMARKS[task](random.Random(f"{seed} {task} {index}"), index, length, style)
+
+
+def make_question(task: str, index: int, length: int, seed: int, style: Style) -> Question:
+    return grow(task, make_draft(task, index, length, seed, style), length, style)
+
+
+def check_length(task: str, n: int, length: int, seed: int, style: Style) -> None:
+    """Refuses a length at which one of the first n questions does not fit, and names one at which all of them do."""
+    needed, least = 0, length
+    while needed < least:  # where there is more room a story may be longer
+        needed, drafts = least, [make_draft(task, i, least, seed, style) for i in range(n)]
+        least = max(cost(draft, draft.smallest, style) for draft in drafts)
+    if needed > length:
+        raise too_short(task, needed, length)
+
+
+# ---- RULER (arXiv 2404.06654) ------------------------------------------------------------------------------------------------
+
+
+# The words of NVIDIA's repository; where `protocol` is "harness", those of lm-evaluation-harness 0.4.9.2, slips included.
+# Each prompt is a text and a prefix, the beginning of the answer that is put into the model's mouth.
+GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+NEEDLE = "One of the special magic {kind} for {key} is: {value}."
+NIAH_PROMPT = (
+    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about the "
+    "{kind} afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the provided text?",
+    " The special magic {kind} for {query} mentioned in the provided text are",
+)
+VT_PROMPT = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
+    "Question: Find all variables that are assigned the value {value} in the text above.",
+    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are {assigned} the value "
+    "{value}, they are: ",
+)
+CWE_PROMPT = (
+    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear "
+    "most often.\n{context}\nQuestion: What are the 10 most common words in the above list?",
+    " Answer: The top 10 words that appear most often in the list are:",
+)
+FWE_PROMPT = (
+    "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared coded "
+    "words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most "
+    "frequently appeared words in the above coded text?",
+    " Answer: According to the coded text above, the three most frequently appeared words are:",
+)
+
+
+def lead_in(prefix: str, protocol: str, between: str = " ") -> str:
+    """What follows the text. The harness strips the prefix and puts `between` before it."""
+    return prefix if protocol == "original" else between + prefix.strip()
+
+
+def shuffled(items: Iterable, seed: int = 42) -> list:
+    """A shuffled copy. With the original's fixed seed, all lists of one length are put in one and the same order."""
+    items = list(items)
+    random.Random(seed).shuffle(items)
+    return items
+
+
+def distinct(draw: Callable[[], str], count: int) -> list[str]:
+    """Draws until there are `count` different ones. (The original takes its chance that a key comes twice.)"""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[draw()] = None
+    return list(found)
+
+
+def letters(rng: random.Random, alphabet: str, count: int) -> str:
+    return "".join(rng.choices(alphabet, k=count))
+
+
+@functools.lru_cache
+def english(*categories: str) -> tuple[str, ...]:
+    """All words that the package wonderwords has in these categories, in alphabetical order."""
+    try:
+        from wonderwords import RandomWord
+    except ImportError:
+        raise UserError("RULER's prompts are made of English words: pip install wonderwords.") from None
+    return tuple(sorted(set(RandomWord().filter(include_categories=categories))))
+
+
+class Needles(NamedTuple):
+    """What sets RULER's eight needle tasks apart, in the order of RULER's own settings."""
+
+    hay: str
+    key: str
+    value: str
+    keys: int  # how many
+    values: int  # of each key
+    asked: int  # how many of the keys
+
+
+NIAH = {
+    "niah_single_1": Needles("noise", "words", "numbers", 1, 1, 1),
+    "niah_single_2": Needles("essay", "words", "numbers", 1, 1, 1),
+    "niah_single_3": Needles("essay", "words", "uuids", 1, 1, 1),
+    "niah_multikey_1": Needles("essay", "words", "numbers", 4, 1, 1),
+    "niah_multikey_2": Needles("needle", "words", "numbers", 1, 1, 1),
+    "niah_multikey_3": Needles("needle", "uuids", "uuids", 1, 1, 1),
+    "niah_multivalue": Needles("essay", "words", "numbers", 1, 4, 1),
+    "niah_multiquery": Needles("essay", "words", "numbers", 4, 1, 4),
+}
+KINDS: dict[str, Callable[[random.Random], str]] = {
+    "words": lambda rng: f"{rng.choice(english('adjective'))}-{rng.choice(english('noun'))}",
+    "numbers": lambda rng: str(rng.randint(10**6, 10**7 - 1)),
+    "uuids": lambda rng: str(uuid.UUID(int=rng.getrandbits(128), version=4)),
+}
+DEPTHS = [round(100 * i / 39) for i in range(40)]  # percent
+
+
+def needle_sentences(hidden: dict[str, list[str]], kind: str) -> list[str]:
+    """One sentence for each value of each key, in the order of placing. The plural stays even where there is one."""
+    return shuffled(NEEDLE.format(kind=kind, key=key, value=value) for key, values in hidden.items() for value in values)
+
+
+def draw_places(size: int, count: int, seed: int) -> list[int]:
+    return sorted(random.Random(seed).sample(range(size), count))
+
+
+def place_lines(lines: list[str], needles: list[str], places: list[int]) -> list[str]:
+    """Each needle before the line of the hay that has its number: the hay's last line stays the last."""
+    lines = list(lines)
+    for place, needle in sorted(zip(places, needles), reverse=True):  # from the end, so that earlier places hold
+        lines.insert(place, needle)
+    return lines
+
+
+def place_sentences(sentences: list[str], needles: list[str], places: list[int]) -> str:
+    """Needles at ascending places. Where no sentence stands before, between or after them, a space is left over."""
+    pieces = [" ".join(sentences[a:b]) for a, b in itertools.pairwise([0, *places, len(sentences)])]
+    return " ".join([*itertools.chain(*zip(pieces, needles)), pieces[-1]])
+
+
+def niah_prompt(kind: str, queries: list[str], single: bool, context: str) -> list[str]:
+    """Text and prefix. A question for one value is in the singular."""
+    query = queries[0] if len(queries) == 1 else ", ".join(queries[:-1]) + ", and " + queries[-1]
+    if not single:
+        return [part.format(kind=kind, query=query, context=context) for part in NIAH_PROMPT]
+    parts = [part.replace("Some", "A").replace("are all", "is").replace("are", "is") for part in NIAH_PROMPT]
+    return [part.format(kind=kind.removesuffix("s"), query=query, context=context) for part in parts]
+
+
+def noise_hay(task: Needles, keys: list[str], seed: int, style: Style) -> Callable[[int], list[str]]:
+    return lambda size: [GRASS] * size
+
+
+def needle_hay(task: Needles, keys: list[str], seed: int, style: Style) -> Callable[[int], list[str]]:
+    """Needles with other keys. More are drawn as more are called for; the first of them stay the same."""
+    rng, lines = random.Random(seed), []
+    others = (key for key in iter(lambda: KINDS[task.key](rng), None) if key not in keys)
+
+    def hay(size: int) -> list[str]:
+        while len(lines) < size:
+            lines.append(NEEDLE.format(kind=task.value, key=next(others), value=KINDS[task.value](rng)))
+        return lines[:size]
+
+    return hay
+
+
+def essay_hay(task: Needles, keys: list[str], seed: int, style: Style) -> Callable[[int], list[str]]:
+    """Sentences from the first words of the user's text, which is read again and again if it is too short."""
+    words = style.haystack.split()
+    if not words:
+        raise UserError("the text to hide needles in (--haystack) has no word in it.")
+    # The original's splitter is nltk's, which knows that "Dr." ends no sentence.
+    end = re.compile(r"(?<=[.!?]) |(?<=[.!?][\"')\]”’]) ")
+    return lambda size: end.split(" ".join(itertools.islice(itertools.cycle(words), size)))
+
+
+def among_lines(lines: list[str], needles: list[str], seed: int) -> str:
+    """The first needle goes nearest to the end."""
+    return "\n".join(place_lines(lines, needles, draw_places(len(lines), len(needles), seed)[::-1]))
+
+
+def among_sentences(sentences: list[str], needles: list[str], seed: int) -> str:
+    """The first needle goes nearest to the beginning."""
+    depths = sorted(random.Random(seed).sample(DEPTHS, len(needles)))
+    return place_sentences(sentences, needles, [int(len(sentences) * (depth / 100)) for depth in depths])
+
+
+HAYS = {"noise": (noise_hay, among_lines), "needle": (needle_hay, among_lines), "essay": (essay_hay, among_sentences)}
+
+
+def find_needles(task: Needles, rng: random.Random, index: int, length: int, style: Style) -> Draft:
+    """A size is a number of lines, or of an essay's words. Without a text to take these from, the essay is noise."""
+    keys = distinct(lambda: KINDS[task.key](rng), task.keys)
+    values = distinct(lambda: KINDS[task.value](rng), task.keys * task.values)
+    hidden = {key: values[i * task.values : (i + 1) * task.values] for i, key in enumerate(keys)}
+    queries, needles = rng.sample(keys, task.asked), needle_sentences(hidden, task.value)
+    references = tuple(value for key in queries for value in hidden[key])
+    prompt = functools.partial(niah_prompt, task.value, queries, len(references) == 1)
+    needle = next(needle for needle in needles if references[0] in needle)
+    make_hay, place = HAYS["noise" if task.hay == "essay" and style.haystack is None else task.hay]
+    seed, hay = rng.getrandbits(64), make_hay(task, keys, rng.getrandbits(64), style)
+
+    def render(size: int) -> tuple[str, float | None]:
+        context = place(hay(size), needles, seed)
+        depth = context.index(needle) / (len(context) - len(needle))
+        return prompt(context)[0], depth if len(references) == 1 else None
+
+    return Draft(render, len(needles), 128, references, lead_in(prompt("")[1], style.protocol))
+
+
+# Variable tracking, where the two protocols differ: a word, a line of noise, what joins two lines, what follows the example.
+VT_WORDING = {"original": ("assigned", GRASS, "\n", "\n\n"), "harness": ("assgined", GRASS + "\n", " ", "\n\n\n\n")}
+
+
+def tracking_prompt(names: list[str], value: str, places: list[int], size: int, protocol: str) -> tuple[str, str]:
+    """Text and prefix. The first variable has the value, and each later one that of the one before."""
+    assigned, line, joint, _ = VT_WORDING[protocol]
+    chain = [f"VAR {names[0]} = {value}", *(f"VAR {new} = VAR {old} " for old, new in itertools.pairwise(names))]
+    text = VT_PROMPT[0].format(context=joint.join(place_lines([line] * size, chain, places)), value=value)
+    return text, VT_PROMPT[1].format(count=len(names), assigned=assigned, value=value)
+
+
+def tracking_example(text: str, prefix: str, names: list[str], protocol: str) -> str:
+    """The worked example before the question."""
+    return " ".join([text + prefix, *names]) + VT_WORDING[protocol][-1]
+
+
+def track_variables(rng: random.Random, index: int, length: int, style: Style) -> Draft:
+    """A size is a number of lines. The example has at least 5 of them, and 5 more as long as it fits into 500 tokens; its
+    names and its value are the question's own, its places are not."""
+    shown, names = (distinct(functools.partial(letters, rng, string.ascii_uppercase, count), 5) for count in (3, 5))
+    (given, value), seed = distinct(lambda: str(rng.randint(10000, 99998)), 2), rng.getrandbits(64)
+
+    def example(size: int) -> tuple[str, str]:
+        return tracking_prompt(shown, given, draw_places(size, 5, 42), size, style.protocol)
+
+    def prompt(size: int) -> tuple[str, str]:
+        return tracking_prompt(names, value, draw_places(size, 5, seed), size, style.protocol)
+
+    size = 5
+    while len(style.encode(*example(size + 5))) + 30 <= 500:
+        size += 5
+    start = tracking_example(*example(size), shown, style.protocol)
+    prefix = lead_in(prompt(5)[1], style.protocol)
+    return Draft(lambda size: (start + prompt(size)[0], None), 5, 30, tuple(names), prefix)
+
+
+# From so many tokens on: how often a common word occurs, how often another one; the example's different words, and the same.
+CWE_COUNTS = {0: ((6, 1), 20, (3, 1)), 4096: ((30, 3), 40, (10, 3))}
+
+
+def repeated(words: list[str], counts: tuple[int, int]) -> list[str]:
+    """Of these words the first ten are the common ones."""
+    return words[:10] * counts[0] + words[10:] * counts[1]
+
+
+def numbered(words: Iterable[str]) -> str:
+    """1. river 2. lamp 3. river"""
+    return " ".join(f"{number}. {word}" for number, word in enumerate(words, 1))
+
+
+def common_example(listed: list[str], common: list[str]) -> str:
+    """The worked example before the question."""
+    return f"{CWE_PROMPT[0].format(context=numbered(listed))}{CWE_PROMPT[1]} {numbered(common)}\n"
+
+
+def find_common(rng: random.Random, index: int, length: int, style: Style) -> Draft:
+    """A size is a number of different words. The harness sends no example, and shuffles each list in another way."""
+    counts, shown, shown_counts = CWE_COUNTS[4096 if length >= 4096 else 0]
+    words = english("noun", "adjective", "verb")
+    examples, words, own = rng.sample(words, shown), rng.sample(words, len(words)), rng.getrandbits(64)
+    example = common_example(shuffled(repeated(examples, shown_counts)), examples[:10])
+    example, seed = {"original": (example, 42), "harness": ("", own)}[style.protocol]
+
+    def render(size: int) -> tuple[str, None]:
+        listed = shuffled(repeated(words[:size], counts), seed)
+        return example + CWE_PROMPT[0].format(context=numbered(listed)), None
+
+    prefix = lead_in(CWE_PROMPT[1], style.protocol, between="\n\n")
+    return Draft(render, 11, 120, tuple(words[:10]), prefix, largest=len(words))
+
+
+def coded_text(vocabulary: list[str], total: int) -> str:
+    """Zipf's law: 1 / (k^2 zeta(2)) of the words, rounded down, are the k-th one."""
+    counts = [int(total * k**-2.0 / (math.pi**2 / 6)) for k in range(1, len(vocabulary) + 1)]
+    return " ".join(shuffled(itertools.chain(*([word] * count for word, count in zip(vocabulary, counts)))))
+
+
+def find_frequent(rng: random.Random, index: int, length: int, style: Style) -> Draft:
+    """A size is a number of words. From 53 on, the fourth coded word is always rarer than the third."""
+    drawn = distinct(lambda: letters(rng, string.ascii_lowercase, 6), max(6, length // 50))
+    vocabulary = ["...", *shuffled(sorted(drawn))[1:]]  # the most frequent word of all is no answer
+
+    def render(size: int) -> tuple[str, None]:
+        return FWE_PROMPT[0].format(context=coded_text(vocabulary, size)), None
+
+    return Draft(render, 53, 50, tuple(vocabulary[1:4]), lead_in(FWE_PROMPT[1], style.protocol))
+
+
+RULER = {name: functools.partial(find_needles, task) for name, task in NIAH.items()}
+RULER |= {"ruler_vt": track_variables, "ruler_cwe": find_common, "ruler_fwe": find_frequent}
+
+
+# ---- BABILong (arXiv 2406.10149) ---------------------------------------------------------------------------------------------
+
+
+class Event(NamedTuple):
+    """What happens, or is true; the names in the braces of a World's sentences.
+
+    kind  who          what       to
+    go    person       -          place
+    take  person       object     -
+    drop  person       object     -
+    give  person       object     person
+    is    -            object     the place where it is
+    was   later place  object     the place where it was before
+    side  place        direction  the place that it lies on this side of
+    """
+
+    kind: str
+    who: str
+    what: str = ""
+    to: str = ""
+
+    def said(self, text: str) -> str:
+        return text.format(**self._asdict())
+
+
+class World(NamedTuple):
+    """What bAbI's tasks 1 to 5 are told in."""
+
+    people: list[str]
+    objects: list[str]
+    places: list[str]
+    facts: dict[str, tuple[int, int]]  # task -> the fewest and the most facts of a story
+    sentences: dict[str, list[str]]  # kind of event -> ways to tell it
+    questions: dict[str, list[str]]  # task -> questions with their answers
+
+
+class Story(NamedTuple):
+    facts: list[str]
+    question: str
+    target: str
+    truth: Event | None = None  # unknown if the story was read from a file
+
+
+BABI = World(
+    people="Mary John Sandra Daniel".split(),
+    objects="apple football milk".split(),
+    places="bathroom bedroom garden hallway kitchen office".split(),
+    facts={"qa1": (2, 10), "qa2": (6, 30), "qa3": (10, 60), "qa4": (2, 2), "qa5": (5, 20)},
+    sentences={
+        "go": [f"{{who}} {verb} to the {{to}}." for verb in ("moved", "went", "went back", "journeyed", "travelled")],
+        "take": [
+            f"{{who}} {verb} the {{what}}{end}" for verb in ("took", "got", "grabbed", "picked up") for end in (".", " there.")
+        ],
+        "drop": [f"{{who}} {verb} the {{what}}." for verb in ("dropped", "discarded", "left", "put down")],
+        "give": [f"{{who}} {verb} the {{what}} to {{to}}." for verb in ("gave", "handed", "passed")],
+        "side": ["The {who} is {what} of the {to}."],
+    },
+    questions={
+        "qa1": ["Where is {who}? {to}"],
+        "qa2": ["Where is the {what}? {to}"],
+        "qa3": ["Where was the {what} before the {who}? {to}"],
+        "qa4": ["What is {what} of the {to}? {who}", "What is the {who} {what} of? {to}"],
+        "qa5": ["What did {who} give to {to}? {what}", "Who gave the {what} to {to}? {who}"]
+        + ["Who did {who} give the {what} to? {to}", "Who gave the {what}? {who}", "Who received the {what}? {to}"],
+    },
+)
+BABI_WORLDS = dict.fromkeys(("qa1", "qa2", "qa3", "qa4"), BABI) | {"qa5": BABI._replace(people="Mary Fred Bill Jeff".split())}
+# In words of the tiny vocabulary, which spells left, before, who, did, give, gave and received in bytes.
+SMALL = World(
+    people=PEOPLE,
+    objects=NOUNS,
+    places=PLACES,
+    facts={"qa1": (2, 8), "qa2": (3, 8), "qa3": (4, 8), "qa4": (2, 2), "qa5": (3, 8)},
+    sentences={
+        "go": [" {who} went {to}."],
+        "take": [" {who} holds the {what}."],
+        "drop": [" {who} left the {what}."],
+        "give": [" {who} gave the {what} to {to}."],
+        "is": [" The {what} is {to}."],
+        "was": [" The {what} was {to}."],
+        "side": [" The {who} is {what} of the {to}."],
+    },
+    questions={task: [text[0].lower() + text[1:] for text in texts] for task, texts in BABI.questions.items()}
+    | {"qa3": ["where was the {what} before {who}? {to}"]},
+)
+SMALL_WORLDS = dict.fromkeys(BABI_WORLDS, SMALL) | {"qa4": SMALL._replace(places=NOUNS)}  # PLACES has the directions in it
+
+
+@dataclass
+class Scene:
+    """Where everyone and everything is, from the start on, and what of it the facts have told so far."""
+
+    people: list[str]
+    objects: list[str]
+    place: dict[str, str]  # of a person, or of an object that lies somewhere
+    told: dict[str, list[str]]  # the places of a person or an object that a reader knows, in order
+    holder: dict[str, str] = field(default_factory=dict)  # of an object that is carried
+
+    def load(self, who: str) -> list[str]:
+        return [what for what, holder in self.holder.items() if holder == who]
+
+    def possible(self, places: list[str]) -> dict[str, list[Event]]:
+        """Kind -> all that can happen: one takes what lies free in one's place, and gives to someone who is there too."""
+        place, free = self.place, [what for what in self.objects if what not in self.holder]
+        pairs = [(who, to) for who, to in itertools.permutations(self.people, 2) if place[who] == place[to]]
+        return {
+            "go": [Event("go", who, to=to) for who in self.people for to in places if to != place[who]],
+            "take": [Event("take", who, what) for who in self.people for what in free if place[who] == place[what]],
+            "drop": [Event("drop", who, what) for what, who in self.holder.items()],
+            "give": [Event("give", who, what, to) for who, to in pairs for what in self.load(who)],
+        }
+
+    def happen(self, event: Event) -> None:
+        """Whoever acts together is in one place: what is told of one of them is known of all, and of what they carry."""
+        kind, who, what, to = event
+        if kind == "go":
+            self.place[who] = to
+            for name in (who, *self.load(who)):
+                self.told[name].append(to)
+            return
+        if kind == "drop":
+            self.place[what] = self.place[self.holder.pop(what)]
+        else:
+            self.holder[what] = to or who
+        present = {who, what, to or who, *self.load(who), *self.load(to)}
+        if any(self.told[name] for name in present):
+            for name in present:
+                self.told[name] = self.told[name] or [self.place[who]]
+
+
+def whereabouts(kind: str, scene: Scene, events: list[Event]) -> list[Event]:
+    """Where people ("go") or objects ("is") are now."""
+    if kind == "go":
+        return [Event("go", who, to=scene.told[who][-1]) for who in scene.people if scene.told[who]]
+    return [Event("is", "", what, scene.told[what][-1]) for what in scene.objects if scene.told[what]]
+
+
+def places_before(scene: Scene, events: list[Event]) -> list[Event]:
+    """Where objects were before each place. Before the first one nobody knows (""): a question for that place is unclear."""
+    ways = {what: ["", *scene.told[what]] for what in scene.objects}
+    return [Event("was", later, what, before) for what, way in ways.items() for before, later in itertools.pairwise(way)]
+
+
+def gifts(scene: Scene, events: list[Event]) -> list[Event]:
+    """Who gave what to whom."""
+    return [event for event in events if event.kind == "give"]
+
+
+Tale = tuple[list[Event], list[Event]]  # what is told, and what is true
+
+
+def live(weights: dict[str, int], truths: Callable, world: World, n: int, rng: random.Random) -> Tale:
+    """n things happen among four people, three objects and six places. The facts do not tell where all of them start."""
+    people, objects, places = (rng.sample(names, k) for names, k in ((world.people, 4), (world.objects, 3), (world.places, 6)))
+    names, events = people + objects, []
+    scene = Scene(people, objects, {name: rng.choice(places) for name in names}, {name: [] for name in names})
+    for _ in range(n):
+        possible = scene.possible(places)
+        kinds = [kind for kind in weights if possible[kind]]
+        events.append(rng.choice(possible[rng.choices(kinds, [weights[kind] for kind in kinds])[0]]))
+        scene.happen(events[-1])
+    return events, truths(scene, events)
+
+
+DIRECTIONS = "north east south west".split()
+
+
+def both_ways(one: str, side: int, other: str) -> list[Event]:
+    return [Event("side", one, DIRECTIONS[side], other), Event("side", other, DIRECTIONS[side - 2], one)]
+
+
+def lie(world: World, n: int, rng: random.Random) -> Tale:
+    """Two places on two sides of a third, each told in one of its two ways; in a row, the outer two have their sides too."""
+    (middle, *outer), sides = rng.sample(world.places, 3), rng.sample(range(4), 2)
+    ways = [both_ways(place, side, middle) for place, side in zip(outer, sides)]
+    in_a_row = both_ways(outer[0], sides[0], outer[1]) if (sides[0] - sides[1]) % 4 == 2 else []
+    return [rng.choice(way) for way in ways], [*ways[0], *ways[1], *in_a_row]
+
+
+CARRYING = {"go": 6, "take": 3, "drop": 2}
+TALES: dict[str, Callable[[World, int, random.Random], Tale]] = {
+    "qa1": functools.partial(live, {"go": 1}, functools.partial(whereabouts, "go")),
+    "qa2": functools.partial(live, CARRYING, functools.partial(whereabouts, "is")),
+    "qa3": functools.partial(live, CARRYING, places_before),
+    "qa4": lie,
+    "qa5": functools.partial(live, {"go": 3, "take": 3, "drop": 1, "give": 4}, gifts),
+}
+
+
+def make_story(task: str, world: World, rng: random.Random, most: int = 60) -> Story:
+    """A story of at most `most` facts (but no fewer than the task's least), and a question with one right answer."""
+    (low, high), clear = world.facts[task], []
+    while not clear:
+        events, truths = TALES[task](world, rng.randint(low, max(low, min(high, most))), rng)
+        asked: dict[str, set] = {}  # question -> each (answer, truth) that fits it
+        for text, truth in itertools.product(world.questions[task], truths):
+            question, target = truth.said(text).split("? ")
+            asked.setdefault(question + "?", set()).add((target, truth))
+        found = [(question, *fitting.pop()) for question, fitting in asked.items() if len(fitting) == 1]
+        clear = [(question, target, truth) for question, target, truth in found if target]
+    facts = [event.said(rng.choice(world.sentences[event.kind])) for event in events]
+    return Story(facts, *rng.choice(clear))
+
+
+BABI_LINE = re.compile(r"(\d+) ([^\t]*\S[^\t]*)(?:\t([^\t]*\S[^\t]*)\t[\d ]+)?")
+
+
+@functools.lru_cache
+def read_babi(folder: Path, task: str) -> list[Story]:
+    """bAbI's own stories: each question with all facts of its story so far, without the earlier questions."""
+    files = sorted(
+        folder.rglob(f"{task}_*train.txt"), key=lambda file: (file.parent != folder, file.parent.name != "en-10k", file)
+    )
+    if not files:
+        raise UserError(f"no {task}_*train.txt of bAbI in the folder {folder}.")
+    try:
+        lines = files[0].read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {files[0]}: {error}.") from None
+    samples, facts, last = [], [], 0
+    for i, line in enumerate(lines, 1):
+        parts = BABI_LINE.fullmatch(line)
+        number, text, target = parts.groups() if parts else (-1, "", None)
+        facts, expected = ([], 1) if number == "1" else (facts, last + 1)
+        last = int(number)
+        if last != expected or (target and not facts):
+            raise UserError(f"{files[0]}, line {i}: not bAbI's NUMBER FACT, or NUMBER QUESTION, TAB, ANSWER, TAB, NUMBERS.")
+        if target:
+            samples.append(Story(facts, text, target.strip()))
+        else:
+            facts = [*facts, text.strip()]
+    return samples
+
+
+class Wording(NamedTuple):
+    instruction: str
+    post_prompt: str
+    examples: list[str]  # facts, question and answer
+    gap: str = "\n"  # between two examples
+
+
+FROM_FACTS = "You need to answer the question based only on the information from the facts."
+CARRIED = (
+    "\nIf a person got an item in the first location and travelled to the second location the item is also in the second "
+    "location. If a person dropped an item in the first location and moved to the second location the item remains in the "
+    "first location."
+)
+ANSWER_FORMAT, NOTHING_ELSE = "Always return your answer in the following format: ", " Do not write anything else after that."
+BABILONG_WORDING = {
+    "qa1": Wording(
+        "I will give you context with the facts about positions of different persons hidden in some random text and a "
+        f"question. {FROM_FACTS} If a person was in different locations, use the latest location to answer the question.",
+        f"{ANSWER_FORMAT}The most recent location of ’person’ is ’location’.{NOTHING_ELSE}",
+        [
+            "Charlie went to the hallway. Judith come back to the kitchen. Charlie travelled to balcony. "
+            "Where is Charlie? The most recent location of Charlie is balcony.",
+            "Alan moved to the garage. Charlie went to the beach. Alan went to the shop. Rouse travelled to balcony. "
+            "Where is Alan? The most recent location of Alan is shop.",
+        ],
+        gap="\n\n",
+    ),
+    "qa2": Wording(
+        "I give you context with the facts about locations and actions of different persons hidden in some random text and a "
+        f"question.{FROM_FACTS}{CARRIED}",
+        f"{ANSWER_FORMAT}The ’item’ is in ’location’.{NOTHING_ELSE}",
+        [
+            "Charlie went to the kitchen. Charlie got a bottle. Charlie moved to the balcony. "
+            "Where is the bottle? The bottle is in the balcony.",
+            "Alan moved to the garage. Alan got a screw driver. Alan moved to the kitchen. "
+            "Where is the screw driver? The screw driver is in the kitchen.",
+        ],
+    ),
+    "qa3": Wording(
+        "I give you context with the facts about locations and actions of different persons hidden in some random text and a "
+        f"question. {FROM_FACTS}{CARRIED}",
+        f"{ANSWER_FORMAT}Before the $location_1$ the $item$ was in the $location_2$.{NOTHING_ELSE}",
+        [
+            "John journeyed to the bedroom. Mary grabbed the apple. Mary went back to the bathroom. Daniel journeyed to the "
+            "bedroom. Daniel moved to the garden. Mary travelled to the kitchen. "
+            "Where was the apple before the kitchen? Before the kitchen the apple was in the bathroom.",
+            "John went back to the bedroom. John went back to the garden. John went back to the kitchen. Sandra took the "
+            "football. Sandra travelled to the garden. Sandra journeyed to the bedroom. "
+            "Where was the football before the bedroom? Before the bedroom the football was in the garden.",
+        ],
+    ),
+    "qa4": Wording(
+        "I will give you context with the facts about different people, their location and actions, hidden in some random text "
+        f"and a question. {FROM_FACTS}",
+        f"Your answer should contain only one word - location.{NOTHING_ELSE}",
+        [
+            "The hallway is south of the kitchen. The bedroom is north of the kitchen. What is the kitchen south of? bedroom",
+            "The garden is west of the bedroom. The bedroom is west of the kitchen. What is west of the bedroom? garden",
+        ],
+    ),
+    "qa5": Wording(
+        "I will give you context with the facts about locations and their relations hidden in some random text and a question. "
+        f"{FROM_FACTS}",
+        f"Your answer should contain only one word.{NOTHING_ELSE} Do not explain your answer.",
+        [
+            "Mary picked up the apple there. Mary gave the apple to Fred. Mary moved to the bedroom. Bill took the milk there. "
+            "Who did Mary give the apple to? Fred",
+            "Jeff took the football there. Jeff passed the football to Fred. Jeff got the milk there. Bill travelled to the "
+            "bedroom. Who gave the football? Jeff",
+            "Fred picked up the apple there. Fred handed the apple to Bill. Bill journeyed to the bedroom. Jeff went back to "
+            "the garden. What did Fred give to Bill? apple",
+        ],
+    ),
+}
+BABILONG_TEMPLATE = "{instruction}\n\n{examples}\n\n{post_prompt}\n\n<context>\n{context}\n</context>\n\nQuestion: {question}"
+
+
+def shown_as(form: str, examples: list[str]) -> list[str]:
+    return [form.format(*re.fullmatch(r"(.*\.) (.*\?) (.*)", example).groups()) for example in examples]
+
+
+def original_prompt(task: str, context: str, question: str, shots: int = 3) -> str:
+    """BABILong's own prompt, with all of the task's examples."""
+    words, form = BABILONG_WORDING[task], "<example>\n{} {}\nAnswer: {}\n</example>"
+    parts = {"instruction": words.instruction, "examples": words.gap.join(shown_as(form, words.examples[:shots]))}
+    parts |= {"post_prompt": words.post_prompt, "context": context.strip(), "question": question}
+    return BABILONG_TEMPLATE.format(**parts).strip()
+
+
+HARNESS_CHANGES = {"qa2": {"I give you": "I will give you", "question.You": "question. You"}}  # and none in the others' words
+
+
+def harness_prompt(task: str, context: str, question: str, shots: int = 2) -> str:
+    """lm-evaluation-harness's: the same words in other places."""
+    words = BABILONG_WORDING[task]
+    instruction, post_prompt = words.instruction.replace("\n", " "), words.post_prompt.replace("’", "'")
+    for old, new in HARNESS_CHANGES.get(task, {}).items():
+        instruction = instruction.replace(old, new)
+    head = instruction + "\n" + post_prompt.replace("format: ", "format:\n")
+    asked = f"{context.strip()}\n{question.strip()}"
+    return "\n\n".join([head, *shown_as("{}\n{} {}", words.examples[:shots]), asked])
+
+
+BABILONG_PROTOCOLS = {"original": (original_prompt, 20), "harness": (harness_prompt, 16)}  # and how many tokens to generate
+
+# What hides the facts if the user gives no text. It names none of the tasks' people, objects and places.
+BACKGROUND = """
+Rain had fallen since the early morning, and the old road was covered with brown leaves. The ferry left the harbour an hour
+late because the captain was waiting for a letter. Nobody in the village could remember a winter that had lasted as long as
+this one. At the edge of the forest stood a low stone wall which the shepherds had built long ago. She counted the coins twice,
+wrote the sum into a small black book and closed the drawer. A flock of geese crossed the valley and disappeared behind the
+hills before the sun went down. Would the bridge be strong enough to carry the heavy carts across the river in spring? The
+baker opened his shop at five, when the streets were still dark and quite empty. Two children had tied a paper boat to a string
+and pulled it slowly along the bank. In those days a journey to the coast took a week, and few people made it twice. The clock
+in the tower struck nine, although everybody knew that it was nearly ten. He had learned to mend nets from his grandfather, who
+had never once been out at sea. A cold wind came through the broken window and blew the candle out for the third time. The
+letter was so badly written that it took three of us an evening to read it. Behind the mill the water was deep and green, and
+the boys were told to keep away. Every summer a travelling circus put up its tents on the meadow beside the railway station.
+What a strange thing it is to come back to a town where every house has changed! The soup was thin, the bread was hard, but
+nobody who sat at that table complained. An old map on the wall showed islands which no sailor had ever been able to find. The
+train stopped between two fields for no reason that any of the passengers could see. Snow lay on the roofs until the middle of
+April, and the wells were frozen every night. They spoke little on the way up, for the path was steep and the stones were
+loose. A lamp burned in the topmost window of the lighthouse, as it had done for sixty years. The teacher asked them to draw a
+tree, and not two of the drawings looked alike. Toward evening the fog grew so thick that the driver walked ahead of the horses
+with a lantern.
+"""
+
+
+@functools.lru_cache
+def sentences_of(text: str) -> list[list[str]]:
+    """The words of each sentence that has at least ten. (The original splits with an untrained Punkt model, by tokens.)"""
+    sentences = [sentence.split() for sentence in re.split(r"(?<=[.!?])\s+", text)]
+    sentences = [words for words in sentences if len(words) >= 10]
+    if not sentences:
+        raise UserError("the text of --haystack has no sentence of at least ten words to hide facts between.")
+    return sentences
+
+
+def stretch(sentences: list[list], start: int, size: int) -> list[list]:
+    """`size` words or ids of sentences from number `start` on, round and round; the last sentence is cut to fit."""
+    taken: list[list] = []
+    while size > 0:
+        taken.append(sentences[(start + len(taken)) % len(sentences)][:size])
+        size -= len(taken[-1])
+    return taken
+
+
+def hide(facts: list[list], spots: list[float], background: list[list]) -> list:
+    """Facts in order among background sentences, joined. Spots in [0, 1) choose the places, two facts may have one: so a
+    larger background is the same draw."""
+    pieces = list(background)
+    for fact, spot in zip(reversed(facts), sorted(spots, reverse=True)):
+        pieces.insert(int(spot * (len(background) + 1)), fact)
+    return list(itertools.chain(*pieces))
+
+
+def babilong(task: str, rng: random.Random, index: int, length: int, style: Style) -> Draft:
+    """Like the original, stories keep to 8 tokens a fact of what the prompt's own words leave, some 300 tokens."""
+    most = (length - 300) // 8
+    if style.babi is None:
+        story = make_story(task, BABI_WORLDS[task], rng, most)
+    else:
+        stories = [story for story in read_babi(style.babi, task) if len(story.facts) <= most]
+        if not stories:
+            room = f"at most {max(most, 0)} facts, the room in --lengths {length}"
+            raise UserError(f"babilong_{task}: {style.babi} has no question after {room}.")
+        story = stories[index % len(stories)]
+    sentences = sentences_of(BACKGROUND if style.haystack is None else style.haystack)
+    start, spots = rng.randrange(len(sentences)), [rng.random() for _ in story.facts]
+    facts, (prompt, tokens) = [fact.split() for fact in story.facts], BABILONG_PROTOCOLS[style.protocol]
+
+    def render(size: int) -> tuple[str, None]:
+        return prompt(task, " ".join(hide(facts, spots, stretch(sentences, start, size))), story.question), None
+
+    return Draft(render, 0, tokens, (story.target,), asked=story.question)
+
+
+BABILONG = {f"babilong_{task}": functools.partial(babilong, task) for task in TALES}
+
+# The same worlds as tasks of the tiny vocabulary: name -> tokens that a story, its question and its answer may take.
+FACT_TASKS = {"qa1": 48, "qa2": 64, "qa3": 72, "qa4": 36, "qa5": 96}
+
+
+def fact_example(task: str, index: int, length: int, seed: int) -> Example:
+    """Example `index`, whatever the others: exactly `length` tokens, so that examples batch without padding."""
+    if length < FACT_TASKS[task]:
+        raise UserError(f"{task} needs at least {FACT_TASKS[task]} tokens; a length of {length} is too short for it.")
+    rng, used, encode = random.Random(f"{seed} {task} {length} {index}"), math.inf, TOKENIZER.encode_ordinary
+    while used > FACT_TASKS[task]:
+        story = make_story(task, SMALL_WORLDS[task], rng)
+        answer = story.truth.said(SMALL.sentences[story.truth.kind][0])
+        *facts, question, response = map(encode, [*story.facts, f" Question: {story.question} Answer:", answer])
+        used = sum(map(len, facts)) + len(question) + len(response) + 1
+    filler = stretch([encode(text) for text in FILLER], 1, length - used)
+    prompt = hide(facts, [rng.random() for _ in facts], filler) + question
+    return Example(prompt, [*response, EOS], (answer.strip(" ."),))
+
+
+BENCHMARKS: dict[str, Callable[[random.Random, int, int, Style], Draft]] = {**RULER, **BABILONG}
+
+
 # ---- command lines: shared by the three programs ---------------------------------------------------------------------------
 
 
@@ -770,7 +1580,7 @@ def guarded(run: Callable[[], None]) -> None:
         print(f"error: out of GPU memory ({str(error).splitlines()[0]}): {lower}.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; what was saved is kept (memdlm.py --resume goes on from there).", file=sys.stderr)
+        print("interrupted; what was saved is kept: memdlm.py --resume goes on there, eval_niah.py by itself.", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

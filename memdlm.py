@@ -720,13 +720,17 @@ def backbone_tokenizer(args: argparse.Namespace) -> data.Tokenizer:
     return data.load_tokenizer(find_checkpoint(args.backbone), args.plain)
 
 
+def dtype_name(args: argparse.Namespace, device: str) -> str:
+    """--dtype: "auto" is bfloat16 on a GPU."""
+    return args.dtype if args.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+
+
 def load_backbone(args: argparse.Namespace, tokenizer: data.Tokenizer, device: str) -> Transformer:
     """The model that --backbone and its companions name, frozen and in eval mode; it agrees with `tokenizer` on [MASK]."""
-    dtype = DTYPES["bfloat16" if args.dtype == "auto" and device.startswith("cuda") else args.dtype.replace("auto", "float32")]
     if args.load_4bit and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("--load-4bit needs bitsandbytes: pip install bitsandbytes.")
     load = random_llada if args.random_weights else load_llada
-    model = load(args.backbone, device, dtype, args.load_4bit).requires_grad_(False)
+    model = load(args.backbone, device, DTYPES[dtype_name(args, device)], args.load_4bit).requires_grad_(False)
     if tokenizer.vocab_size > model.config.vocab_size:
         rows = model.config.vocab_size
         raise UserError(f"{args.backbone}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only {rows} rows.")
@@ -985,6 +989,9 @@ def backbone_flags(flag: Callable) -> None:
     flag("--random-weights", action="store_true", help="real sizes, random weights: to try memory and speed")
     flag("--load-4bit", action="store_true", help="NF4 weights, double quantization (bitsandbytes) [on, Sec. 4.1]")
     flag("--dtype", choices=("auto", *DTYPES), default="auto", help="of weights and activations: bfloat16 on a GPU [bfloat16]")
+
+
+def plain_flag(flag: Callable) -> None:
     flag("--plain", action="store_true", help="prompts as they are, without the chat template")
 
 
@@ -1014,6 +1021,7 @@ def build_parser(dial: str = "tiny") -> Parser:
         tiny_flags(flag)
     else:
         backbone_flags(flag)
+        plain_flag(flag)
         training_flags(flag)
     # data
     flag("--data", help='JSONL of {"prompt", "response"} to fine-tune on; with --backbone also LongAlpaca [LongAlpaca-12k]')

@@ -58,10 +58,13 @@ from memdlm import (
     make_states,
     masked_fraction,
     memory_settings,
+    plain_flag,
     read_config,
     say,
+    settings,
     token_nll,
 )
+from memdlm import build_parser as training_parser
 from model import (
     Fast,
     Transformer,
@@ -313,14 +316,16 @@ def write_settings(config: dict) -> Write:
 
 
 @torch.no_grad()
-def write_prompt(model: Transformer, prompts: Tensor, write: Write, seed: int, first_row: int = 0) -> Fast:
+def write_prompt(model: Transformer, prompts: Tensor, write: Write, seed: int, numbers: Sequence[int] | None = None) -> Fast:
     """phi for prompts (B, P), phi_2 under the paper's rule: one set of fast weights per prompt, from nothing but the prompt.
 
-    Row i's random draws depend on (seed, first_row + i) alone, so that the batch size changes no result. The caller
+    numbers: which prompt of its set each row is (default 0, 1, ...). A row's random draws depend on the seed and on its
+    number alone, so that batch size and order change no result. The caller
     puts the model in eval mode (no LoRA dropout). Loss weights are 1 instead of 1/t (Sec. 4.5). Attention is full, also for
     LLaDA2, whose answers are then decoded under block-causal attention: so it is in the published code.
     """
-    memory, generators = write.memory, [generator_for(seed, "write", first_row + i) for i in range(len(prompts))]
+    numbers = range(len(prompts)) if numbers is None else numbers
+    memory, generators = write.memory, [generator_for(seed, "write", number) for number in numbers]
     sets = [init_fast(model, memory, 1, generator) for generator in generators]
     joined = {name: tuple(torch.cat([s.weights[name][i] for s in sets]) for i in (0, 1)) for name in sets[0].weights}
     rows, stages = WRITE_RULES[write.rule](model, prompts, write, generators)
@@ -346,6 +351,25 @@ def denoising_view(model: Transformer, example: data.Example, fast: Fast | None 
     return "\n".join([data.TOKENIZER.decode(example.prompt).strip(), *lines, f"expected|{data.decode(example.response)}"])
 
 
+def decoding_flags(flag: Callable) -> None:
+    """How an answer is decoded, for sampling and for evaluating."""
+    flag("--steps", type=whole(1), help="forward passes for the answer (default: one a token; LLaDA2: 32 a block)")
+    flag("--block-length", type=whole(1), help="decode in blocks, left to right (default: one block; LLaDA2: 32 tokens)")
+    flag("--schedule", choices=("llada", "dllm"), help="how steps share the tokens, where they do not divide (default: llada)")
+    flag("--threshold", type=real(0, 1), help="commit every token more probable than this at once (LLaDA2: 0.95)")
+
+
+def decoding(args: argparse.Namespace, architecture: str) -> dict:
+    """What these flags mean to `generate`; for LLaDA2 the published evaluation's settings where nothing else is asked for."""
+    options = {"steps": args.steps, "block_length": args.block_length, "threshold": args.threshold}
+    if architecture != "llada2":
+        return options | {"plan": args.schedule or "llada"}
+    if args.schedule:
+        raise UserError("--schedule is not for LLaDA2, which has a block sampler of its own.")
+    defaults = {"steps": 32, "block_length": 32, "threshold": 0.95}
+    return {key: defaults[key] if value is None else value for key, value in options.items()} | {"plan": "llada2"}
+
+
 def build_parser() -> Parser:
     parser = Parser("Answers a prompt with a trained run's model, or with a real backbone.")
     flag = parser.add_argument
@@ -353,15 +377,13 @@ def build_parser() -> Parser:
     flag("--seed", type=whole(0), help="which of the run's seeds (default: its first); of all random draws")
     flag("--model", choices=("base", "mdlm", "memdlm"), default="memdlm", help="which of the run's models")
     backbone_flags(flag)
+    plain_flag(flag)
     flag("--adapter", help="outer LoRA for --backbone, in PEFT's format: DIR/adapter of a fine-tuning")
     flag("--prompt", required=True, help="the text to answer; always ordinary text, never a special token")
     flag("--length", type=whole(1, 4096), default=16, help="tokens of the answer")
-    flag("--steps", type=whole(1), help="forward passes for the answer (default: one a token; LLaDA2: 32 a block)")
-    flag("--block-length", type=whole(1), help="decode in blocks, left to right (default: one block; LLaDA2: 32 tokens)")
-    flag("--schedule", choices=("llada", "dllm"), help="how steps share the tokens, where they do not divide (default: llada)")
+    decoding_flags(flag)
     flag("--temperature", type=real(0), default=0.0, help="0 takes the most probable token")
     flag("--cfg-scale", type=real(0), default=0.0, help="classifier-free guidance: u + (scale + 1)(c - u)")
-    flag("--threshold", type=real(0, 1), help="commit every token more probable than this at once (LLaDA2: 0.95)")
     flag("--suppress", nargs="+", type=whole(0), default=[], help="token ids that are never chosen, besides [MASK]")
     flag("--memory", action="store_true", help="write the prompt into the weights first (Sec. 4.5)")
     flag("--quiet", action="store_true", help="print the answer alone, without the steps")
@@ -377,21 +399,37 @@ def load_run(args: argparse.Namespace, device: str) -> tuple[Transformer, data.T
     return model, data.TINY, write_settings(config), seed, config["max_length"]
 
 
-def load_real(args: argparse.Namespace, device: str) -> tuple[Transformer, data.Tokenizer, Write, int, int]:
-    """The same of --backbone and --adapter, with the paper's writing rule and, where the adapter lies in the folder of a
-    fine-tuning, the memory that it was trained with."""
-    tokenizer, write = backbone_tokenizer(args), Write()
-    model = load_backbone(args, tokenizer, device)
-    if args.adapter:
-        load_adapter(model, Path(args.adapter))
+def training_config(adapter: str | None) -> dict:
+    """The settings that an adapter was trained with, if it lies in the folder of a fine-tuning; else the paper's."""
+    folder = Path(adapter).parent if adapter else Path()
+    if adapter and (folder / "config.json").exists() and read_json(folder / "config.json").get("dial") == "backbone":
+        return read_config(folder, "backbone")
+    return settings(training_parser("backbone").parse_args([]))
+
+
+def real_write(adapter: str | None, **changed) -> Write:
+    """How a real backbone writes prompts: the paper's rule, with the memory of its training. changed: the --write flags."""
+    config = {"write": "paper", "write_passes": 1, "anchor_ratio": 0.2, **training_config(adapter)}
+    config |= {"write_lr": config["memory_lr"], "write_rank": config["memory_rank"], "length": config["max_length"]}
+    return write_settings(config | changed)
+
+
+def add_adapter(model: Transformer, adapter: str | None) -> Transformer:
+    """The model with that outer LoRA, in eval mode."""
+    if adapter:
+        load_adapter(model, Path(adapter))
         adapted = [layer for layer in linear_layers(model).values() if layer.lora_A is not None]
-        say(f"LoRA on {count(adapted)} of {count(linear_layers(model).values())} linear layers, from {args.adapter}")
-        training = Path(args.adapter).parent / "config.json"
-        if training.exists() and read_json(training).get("dial") == "backbone":
-            write = Write(memory=memory_settings(read_config(training.parent, "backbone")))
+        say(f"LoRA on {count(adapted)} of {count(linear_layers(model).values())} linear layers, from {adapter}")
+    return model.eval()
+
+
+def load_real(args: argparse.Namespace, device: str) -> tuple[Transformer, data.Tokenizer, Write, int, int]:
+    """The same of --backbone and --adapter."""
+    tokenizer, write = backbone_tokenizer(args), real_write(args.adapter)
+    model = add_adapter(load_backbone(args, tokenizer, device), args.adapter)
     if args.memory:
         say(f"the prompt is written with {write.memory}")
-    return model.eval(), tokenizer, write, args.seed or 0, 1 << 20
+    return model, tokenizer, write, args.seed or 0, 1 << 20
 
 
 def run(args: argparse.Namespace) -> None:
@@ -401,11 +439,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--adapter, --random-weights, --load-4bit, --plain and --dtype go with --backbone, not with --run.")
     with redirect_stdout(sys.stderr) if args.quiet else nullcontext():
         model, tokenizer, write, seed, longest = (load_run if args.run else load_real)(args, pick_device(args.device))
-    ids, llada2 = tokenizer.encode_prompt(args.prompt), model.config.architecture == "llada2"
+    ids, options = tokenizer.encode_prompt(args.prompt), decoding(args, model.config.architecture)
     if not ids or len(ids) > longest:
         raise UserError(f"--prompt has {len(ids)} tokens; it must have 1 to {longest}.")
-    if llada2 and args.schedule:
-        raise UserError("--schedule is not for LLaDA2, which has a block sampler of its own.")
     if wrong := [token for token in args.suppress if token >= model.config.vocab_size]:
         raise UserError(f"--suppress: {wrong[0]} is no token; the vocabulary has {model.config.vocab_size}.")
     if len({model.config.mask_id, *args.suppress}) == model.config.vocab_size:
@@ -413,12 +449,8 @@ def run(args: argparse.Namespace) -> None:
     prompt = torch.tensor([ids], device=next(model.parameters()).device)
     fast = write_prompt(model, prompt, write, seed) if args.memory else None
     show = None if args.quiet else lambda canvas: print(canvas_text(canvas[0, len(ids) :].tolist(), tokenizer).strip())
-    options = {"steps": args.steps, "block_length": args.block_length, "threshold": args.threshold}
-    if llada2:  # the published evaluation's settings where nothing else is asked for
-        defaults = {"steps": 32, "block_length": 32, "threshold": 0.95}
-        options = {key: defaults[key] if value is None else value for key, value in options.items()}
     options |= {"temperature": args.temperature, "cfg_scale": args.cfg_scale, "fast": fast, "watch": show}
-    options |= {"plan": "llada2" if llada2 else args.schedule or "llada", "suppress": [model.config.mask_id, *args.suppress]}
+    options |= {"suppress": [model.config.mask_id, *args.suppress]}
     answer = generate(model, prompt, args.length, generator=generator_for(seed, "sample"), **options)
     print(tokenizer.decode(answer[0].tolist()).strip())
 

@@ -17,7 +17,7 @@ from model import Config, Transformer
 
 torch.set_num_threads(1)
 pytest_plugins = ["running"]
-pytest.register_assert_rewrite("replaying")
+pytest.register_assert_rewrite("replaying", "remaking")
 
 
 def pytest_addoption(parser):

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbones import write_checkpoint
 from safetensors.torch import load_file
 
 import eval_niah
 import memdlm
 import sample
-from model import save_checkpoint
+from model import Transformer, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = "--pretrain-steps 6 --pretrain-batch 8 --steps 3 --examples 8 --batch 4 --length 64 --save-every 2".split()
@@ -131,11 +132,86 @@ def refused(capsys):
     return run
 
 
+class Counts:
+    """What a computation asked of its models: the layer that each reading started from, 0 for a whole forward pass, and at how
+    many positions each call of the head was made."""
+
+    def __init__(self):
+        self.reads: list[float] = []
+        self.heads: list[int] = []
+
+    def clear(self) -> None:
+        self.reads.clear()
+        self.heads.clear()
+
+
+@pytest.fixture
+def counted(monkeypatch) -> Counts:
+    counts, read, head = Counts(), Transformer.read, Transformer.head
+
+    def reading(self, h, start, *rest):
+        counts.reads.append(start)
+        return read(self, h, start, *rest)
+
+    def looking(self, h):
+        counts.heads.append(len(h))
+        return head(self, h)
+
+    monkeypatch.setattr(Transformer, "read", reading)
+    monkeypatch.setattr(Transformer, "head", looking)
+    return counts
+
+
 def jsonl(*records) -> str:
     return "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records)
 
 
 PAIR = {"prompt": "Question: who? Answer:", "response": " Mary."}
+
+
+# ---- evaluations of a toy backbone -----------------------------------------------------------------------------------------
+
+ESSAY = "A fox went out on a long night, and prayed to the moon for light. Dr. Who saw it! The road was long, and he sang. " * 3
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Path:
+    """A folder with two toy backbones (toy, llada2), two fine-tunings of the first with strong adapters (mdlm, memdlm), pairs
+    (pairs.jsonl) and a text (essay.txt). Nobody writes into it."""
+    root = tmp_path_factory.mktemp("toy")
+    write_checkpoint(root / "toy", "llada")
+    write_checkpoint(root / "llada2", "llada2")
+    (root / "essay.txt").write_text(ESSAY)
+    (root / "pairs.jsonl").write_text(jsonl(*({"prompt": f"Who is {i}?", "response": " Mary" * (i + 1)} for i in range(5))))
+    for method in ("mdlm", "memdlm"):
+        flags = f"--steps 1 --lr 0.1 --lora-rank 4 --device cpu --method {method}".split()
+        memdlm.main(["--backbone", str(root / "toy"), "--data", str(root / "pairs.jsonl"), "--out", str(root / method), *flags])
+    return root
+
+
+def toy_command(toy: Path, out: Path, flags: str, backbone: str = "toy") -> list[str]:
+    """{} in the flags is the toys' folder."""
+    return ["--backbone", f"{toy / backbone}", "--out", f"{out}", "--device", "cpu", *flags.replace("{}", str(toy)).split()]
+
+
+@pytest.fixture
+def ask_toy(toy, tmp_path):
+    """Runs an evaluation of the toy into a folder of the test's own, and returns that folder."""
+
+    def run(flags: str, out: str = "eval", backbone: str = "toy") -> Path:
+        eval_niah.main(toy_command(toy, tmp_path / out, flags, backbone))
+        return tmp_path / out
+
+    return run
+
+
+def lines_of(out: Path) -> list[dict]:
+    """What predictions.jsonl says, but for the time that it took."""
+    lines = map(json.loads, (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines())
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+# ---- stopped, and asked ----------------------------------------------------------------------------------------------------
 
 
 class StoppedError(Exception):

@@ -332,7 +332,7 @@ def test_eval_can_write_the_prompt_otherwise(quick, tmp_path):
     eval_niah.main(["--run", str(quick), "--out", str(tmp_path), "--tasks", "mv", "--device", "cpu", *other])
     found = read(tmp_path)
     assert found["config"]["write"] == "paper"
-    assert [found["config"][key] for key in ("write_lr", "write_rank", "write_passes", "anchor_ratio")] == [3, 2, 1, 0.9]
+    assert [found["config"][key] for key in ("write_lr", "write_rank", "write_passes", "anchor_ratio")] == [3, 2, 1, [0.9]]
     for method in METHODS[:3]:
         assert only(found["niah"], method=method) == only(read(quick)["niah"], method=method)
 

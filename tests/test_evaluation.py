@@ -185,6 +185,41 @@ def test_t_interval_equals_known_values(values, mean, half):
     assert eval_niah.t_interval(values) == pytest.approx((mean, half), abs=2e-3)
 
 
+def scored(task: str, length: int, score: float | None, seed: int = 0, method: str = "base") -> dict:
+    record = {"method": method, "task": task, "length": length, "n": 4, "score": score, "seed": seed}
+    return record | {"ci95": None if score is None else [score / 2, 1.0]}
+
+
+def test_babilong_has_one_number_more_but_counts_once_in_the_mean():
+    """The headline is the mean of its tasks; the mean over all tasks is over the tasks. What has no score makes neither."""
+    scores = {("babilong_qa1", 64): 0.5, ("babilong_qa2", 64): 0.25, ("ruler_vt", 64): 0.0}
+    records = [scored(task, length, score) for (task, length), score in scores.items()]
+    records += [scored(task, 96, None if task == "babilong_qa2" else 1.0) for task, _ in scores]
+    header, _, line = eval_niah.score_table({"niah": records}).split("\n")
+    tasks = "babilong_qa1 {0} | babilong_qa2 {0} | ruler_vt {0} | babilong {0}"
+    assert header == f"| method | {tasks.format(64)} | {tasks.format(96)} | mean 64 | mean 96 |"
+    assert line == "| Base | 0.50 | 0.25 | 0.00 | 0.38 | 1.00 | - | 1.00 | - | **0.250** | **-** |"
+
+
+def test_pictures_over_length_show_the_mean_over_seeds():
+    """With Student's interval, which ends at 0 and 1; a single seed keeps the interval over its questions."""
+    records = [scored("vt", 64, 0.25, 0), scored("vt", 64, 0.75, 1), scored("vt", 96, 0.5, 0), scored("vt", 96, None, 1)]
+    both, one = eval_niah.over_seeds(records)
+    assert (both["score"], both["ci95"], both["length"]) == (0.5, [0, 1], 64)
+    assert (one["score"], one["ci95"], one["length"]) == (0.5, [0.25, 1], 96)
+
+
+def test_the_deepest_needle_is_in_the_last_fifth():
+    """Depth 1 is the end of the haystack, not a sixth bin; answers without a depth are in none."""
+    cell = eval_niah.Cell("niah_single_1", 64, 0, [[0], [1], [2], [3]], None)
+    row, predictions = eval_niah.Row("base", "base", None), eval_niah.Predictions()
+    for i, (depth, score) in enumerate([(0.0, 1.0), (0.8, 0.0), (1.0, 1.0), (None, 1.0)]):
+        predictions.add(row, cell, [i], [{"depth": depth, "scores": {"ruler": score}}])
+    base = {"method": "base", "length": 64}
+    wanted = [base | {"depth": 0, "score": 1, "n": 1}, base | {"depth": 4, "score": 0.5, "n": 2}]
+    assert eval_niah.depth_records([row], [cell], predictions) == wanted
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_measured_noise_levels_cover_0_to_1_however_examples_are_batched(size):
     """Six examples have t = 1/12, 3/12 ... 11/12, each the same one in every batching: measurements of runs with different

@@ -379,7 +379,7 @@ def test_reading_and_answering_do_not_depend_on_the_batch(kind):
     fast = write_prompt(model, prompts, write, seed=0)
     answers = generate(model, prompts, 6, fast=fast, **options)
     for i, prompt in enumerate(prompts):
-        own = write_prompt(model, prompt[None], write, seed=0, first_row=i)
+        own = write_prompt(model, prompt[None], write, seed=0, numbers=[i])
         mine = {name: (A[i : i + 1], B[i : i + 1]) for name, (A, B) in fast.weights.items()}
         torch.testing.assert_close(own.weights, mine, rtol=1e-5, atol=1e-7)
         assert torch.equal(generate(model, prompt[None], 6, fast=own, **options)[0], answers[i])

@@ -11,6 +11,7 @@ What cannot be replayed fails: an unknown setting, sampler or table, a file with
 record that nothing was compared with (`Record`). Files in none of the formats are left alone.
 """
 
+import random
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -20,11 +21,13 @@ from unittest import mock
 
 import pytest
 import torch
+from remaking import REMAKE, remake_common_example, ruler_task
 from replaying import MASK, PAD, Record, close, load, model_named, part, read, replay_memory, replay_start, replay_training
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+import data
 import eval_niah
 import memdlm
 import sample
@@ -284,35 +287,111 @@ def replay_babilong(example: Record) -> None:
     example.finish("example")
 
 
-# The prompts of the next two are replayed once there are generators of these tasks. Until then: a right answer is right.
+def ruler_draft(task: str, length: int, protocol: str) -> data.Draft:
+    """One of our own questions, for what all questions of a task have in common."""
+    style = data.Style(lambda text, prefix: data.TINY.encode(text + prefix), protocol)
+    return data.RULER[task](random.Random(0), 0, length, style)
 
 
-def replay_ruler_sample(recorded: Record) -> None:
-    outputs = recorded.get("doc", recorded)["outputs"]
-    assert outputs
-    assert {metric(outputs, ", ".join(outputs)) for metric in METRICS.values()} == {1.0}
+def replay_ruler_sample(key: str, length: int, recorded: Record) -> None:
+    """A published prompt is taken apart, and our functions put it together again: equal to the last character."""
+    task, doc, protocol = ruler_task(key), recorded.get("doc", recorded), "harness" if "doc" in recorded else "original"
+    text, prefix = REMAKE[task](task, doc["input"], doc["outputs"], protocol, length)
+    draft = ruler_draft(task, length, protocol)
+    assert text == doc["input"]
+    if protocol == "original":
+        lead = doc["answer_prefix"]
+        assert lead == prefix
+    else:
+        lead = recorded["prompt_as_sent_to_the_model"].removeprefix(text)
+        assert doc["gen_prefix"] == prefix.strip() == lead.strip()
+        greedy = {"do_sample": False, "temperature": 0.0, "max_gen_toks": draft.tokens, "until": []}
+        assert dict(recorded["generation_kwargs"].items()) == greedy
+    assert draft.prefix[:12] == lead[:12]  # what stands between, and how the prefix begins
+    if "input_example" in doc:  # the harness makes it without the space before the answer, and does not send it
+        example = remake_common_example(doc["input_example"], length, protocol)
+        assert doc["input_example"] == example.replace("are: 1.", "are:1.").removesuffix("\n")
+    assert [eval_niah.string_match_all(doc["outputs"], answer) for answer in (", ".join(doc["outputs"]), "")] == [1, 0]
+    assert doc["length"] - draft.tokens <= doc.get("max_length", length) == length  # coded words: the answer comes on top
+    doc.about("index", "length_w_model_temp", "token_position_answer")
+    recorded.finish(key)
 
 
 def replay_babilong_sample(task: str, recorded: Record) -> None:
-    target = recorded["target"]
-    assert eval_niah.babilong_correct(task, recorded["question"], target, target)
-    assert eval_niah.babilong_contains(target, target)
-    assert eval_niah.babilong_accuracy(target, target) == 1
+    """The recorded prompts, character by character. The target scores 1, an empty answer 0."""
+    context, question, target = (recorded[key] for key in ("context", "question", "target"))
+    (original, _), (harness, tokens) = (data.BABILONG_PROTOCOLS[name] for name in ("original", "harness"))
+    assert original(task, context, question) == recorded["babilong_prompt"]
+    assert original(task, context, question, shots=0) == recorded["babilong_prompt_no_examples"]
+    assert harness(task, context, question, shots=2) == recorded["lm_eval_prompt_2shot"]
+    greedy = {"do_sample": False, "temperature": 0.0, "until": []}
+    assert dict(recorded["lm_eval_generation_kwargs"].items()) == greedy | {"max_gen_toks": tokens}
+    for output, score in ((target, 1), ("", 0)):
+        assert eval_niah.babilong_correct(task, question, target, output) == score
+        assert eval_niah.babilong_contains(target, output) == score
+        assert eval_niah.babilong_accuracy(target, output) == score
+    recorded.finish(task)
 
 
 def find_ruler_samples(path: Path) -> Iterable[Replay]:
-    for task, samples in read(path)["samples"].items():
+    file = read(path)
+    lengths = file["max_seq_length"]
+    for key, samples in file["samples"].items():
         for i, recorded in enumerate(samples):
-            yield f"ruler/{path.stem}/{task}_{i}", partial(replay_ruler_sample, recorded)
+            length = lengths if isinstance(lengths, int) else lengths[key]
+            yield f"ruler/{path.stem}/{key}_{i}", partial(replay_ruler_sample, key, length, recorded)
+
+
+RULER_PROMPTS = dict.fromkeys(data.NIAH, data.NIAH_PROMPT)
+RULER_PROMPTS |= {"ruler_vt": data.VT_PROMPT, "ruler_cwe": data.CWE_PROMPT, "ruler_fwe": data.FWE_PROMPT}
 
 
 def replay_ruler_description(path: Path) -> None:
-    assert {task["metric"] for _, task in read(path)["tasks"].items()} <= METRICS.keys()
+    """Wording, tokens and settings of all tasks but question answering, which is not built."""
+    file = read(path)
+    tasks = {ruler_task(key): task for key, task in file["tasks"].items() if key not in ("qa_1", "qa_2")}
+    assert tasks.keys() == data.RULER.keys()
+    ours = {"kind": "uuids", "query": "K", "value": "K", "count": 5, "assigned": "assigned", "context": "Hay."}
+    theirs = {"type_needle_v": "uuids", "query": "K", "num_v": 5, "context": "Hay."}
+    for name, task in tasks.items():
+        recorded = [task["template"].format(**theirs), task["answer_prefix"].format(**theirs)]
+        assert [part.format(**ours) for part in RULER_PROMPTS[name]] == recorded
+        assert ruler_draft(name, 4096, "original").tokens == task["tokens_to_generate"]
+        assert task["metric"] == "string_match_all"
+    assert data.NEEDLE.format(kind="{type_needle_v}", key="{key}", value="{value}") == file["niah"]["needle"]
+    assert file["niah"]["haystack_noise"] == data.GRASS
+    compare_ruler_settings({name: task["args"] for name, task in tasks.items()}, file["cwe"])
+
+
+def compare_ruler_settings(settings: dict[str, Record], cwe: Record) -> None:
+    for name, spec in data.NIAH.items():
+        recorded = data.Needles(*settings[name].values())
+        assert spec == recorded._replace(keys=max(recorded.keys, recorded.asked))
+    variables = len(ruler_draft("ruler_vt", 4096, "original").references)
+    assert settings["ruler_vt"] == {"type_haystack": "noise", "num_chains": 1, "num_hops": variables - 1}
+    common = len(ruler_draft("ruler_cwe", 4096, "original").references)
+    times, different, shown = data.CWE_COUNTS[4096]
+    assert settings["ruler_cwe"] == {"freq_cw": times[0], "freq_ucw": times[1], "num_cw": common}
+    assert cwe["example_otherwise"] == {"num_words": different, "freq_cw": shown[0], "freq_ucw": shown[1]}
+    times, different, shown = data.CWE_COUNTS[0]
+    example = {"num_words": different, "freq_cw": shown[0], "freq_ucw": shown[1]}
+    assert cwe["if_max_seq_length_below_4096"] == {"freq_cw": times[0], "freq_ucw": times[1], "example": example}
+    assert settings["ruler_fwe"] == {"alpha": 2.0}  # the exponent in data.coded_text
 
 
 def replay_babilong_description(path: Path) -> None:
-    labels = {task: tuple(labels) for task, labels in read(path)["labels"].items()}
-    assert {task: tuple(eval_niah.BABILONG_LABELS[task]) for task in labels} == labels
+    """Each task's wording and labels, and how many tokens are generated."""
+    file = read(path)
+    assert file["template"] == data.BABILONG_TEMPLATE
+    assert file["generation"]["max_new_tokens"] == data.BABILONG_PROTOCOLS["original"][1]
+    for task, words in file["prompts"].items():
+        ours, filled = data.BABILONG_WORDING[task], {"context": "Facts.", "question": "Why?"}
+        assert (ours.instruction, ours.post_prompt) == (words["instruction"], words["post_prompt"])
+        assert data.original_prompt(task, **filled) == file["template"].format(**words, **filled)
+    for task, labels in file["labels"].items():
+        world = data.BABI_WORLDS[task]
+        assert labels == (sorted(world.people) + world.objects if task == "qa5" else world.places)
+        assert labels == list(eval_niah.BABILONG_LABELS[task])
 
 
 def replay_real_config(name: str, entry: Record) -> None:

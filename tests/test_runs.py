@@ -37,13 +37,14 @@ from model import Config, Transformer, UserError, load_model, save_checkpoint
 
 
 def test_a_run_writes_all_its_files(finished):
-    """results.json, three pictures, one denoised example, and three checkpoints per seed; nothing half-written."""
+    """results.json, four pictures, one denoised example, and three checkpoints per seed; nothing half-written."""
     names = set(contents(finished))
-    wanted = {"config.json", "results.json", "loss.png", "exposure_bias.png", "niah.png", "denoising.txt"}
+    pictures = {"loss.png", "exposure_bias.png", "niah.png", "lengths.png"}
+    wanted = {"config.json", "results.json", "denoising.txt", *pictures}
     wanted |= {f"seed{seed}/{name}.safetensors" for seed in (0, 1) for name in ("base", "mdlm", "memdlm")}
     assert wanted <= names
     assert not [name for name in names if "partial" in name]
-    for picture in ("loss.png", "exposure_bias.png", "niah.png"):
+    for picture in pictures:
         assert (finished / picture).read_bytes().startswith(b"\x89PNG")
 
 
@@ -57,7 +58,7 @@ def test_results_have_the_specified_form(finished):
     assert all(value > 0 for value in results["seconds"].values())
     assert 0 < results["peak_memory_gib"] < 100
     niah, exposure, loss = (results[key] for key in ("niah", "exposure_bias", "loss"))
-    assert all(r.keys() == {"method", "task", "length", "n", "score", "ci95", "seed"} for r in niah)
+    assert all(r.keys() == {"method", "task", "length", "n", "score", "ci95", "scores", "steps", "seed"} for r in niah)
     assert all(r.keys() == {"method", "mask_ratio", "static", "sequential", "ratio", "seed"} for r in exposure)
     specified = {"method", "step", "train_with_memory", "train_without_memory", "eval_without_memory", "seed"}
     assert all(specified <= r.keys() for r in loss)
@@ -70,6 +71,7 @@ def test_results_have_the_specified_form(finished):
         assert 0 <= low <= record["score"] <= high <= 1
         assert low < high
         assert record["n"] == 2
+        assert record["scores"] == {"ruler": record["score"]}
     for record in exposure:
         assert 0 < record["mask_ratio"] <= 1
         assert min(record["static"], record["sequential"], record["ratio"]) > 0
@@ -369,8 +371,8 @@ def test_no_evaluation_sees_the_answers(talkative, monkeypatch, rule):
     models, make, texts = {"base": talkative, "mdlm": talkative, "memdlm": talkative}, data.make_examples, []
     plain = eval_niah.answer
 
-    def recorded(*arguments):
-        texts.append(plain(*arguments))
+    def recorded(*arguments, **options):
+        texts.append(plain(*arguments, **options))
         return texts[-1]
 
     monkeypatch.setattr(eval_niah, "answer", recorded)

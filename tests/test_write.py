@@ -46,32 +46,43 @@ def write(request) -> Write:
 
 def test_a_memory_is_made_from_the_prompt_alone():
     """Leak-free by construction: the function that writes is never handed an answer, so that it cannot look at one."""
-    assert list(inspect.signature(write_prompt).parameters) == ["model", "prompts", "write", "seed", "first_row"]
+    assert list(inspect.signature(write_prompt).parameters) == ["model", "prompts", "write", "seed", "numbers"]
+
+
+def questions_of(task: str, n: int) -> list[data.Question]:
+    """Test examples, put as an evaluation puts them."""
+    examples = data.make_examples(task, n, 64, seed=0)
+    return [data.Question(task, example.prompt, len(example.response), example.references) for example in examples]
 
 
 def test_answers_do_not_change_with_the_expected_ones(sharp, write):
-    """Other responses and references, same prompts: what the model answers with a memory must not change by a letter. The
-    published evaluation *loss* fails this test: it writes the memory on the labels that it then scores."""
-    examples = data.make_examples("mv", 3, 64, seed=0)
-    changed = [e._replace(response=[7] * len(e.response), references=("nothing",)) for e in examples]
-    answers = eval_niah.answer(sharp, examples, write, seed=0)
-    assert eval_niah.answer(sharp, changed, write, seed=0) == answers
-    assert eval_niah.answer(sharp, examples, None, seed=0) != answers, "the memory changes no answer: the test sees nothing"
-    other = [e._replace(prompt=[*e.prompt[:20], 300, *e.prompt[21:]]) for e in examples]
-    assert eval_niah.answer(sharp, other, write, seed=0) != answers
+    """Everything about a question but its prompt is another: what the model answers with a memory must not change by a letter.
+    The published evaluation *loss* fails this test: it writes the memory on the labels that it then scores."""
+    questions = questions_of("mv", 3)
+    changed = [q._replace(task="vt", references=("nothing",), text="none", asked="nothing", depth=0.5) for q in questions]
+    answers = eval_niah.answer(sharp, questions, write, 0, range(3))
+    assert eval_niah.answer(sharp, changed, write, 0, range(3)) == answers
+    plain, passes = eval_niah.answer(sharp, questions, None, 0, range(3))
+    assert plain != answers[0], "the memory changes no answer: the test sees nothing"
+    assert passes == answers[1] == questions[0].tokens
+    other = [q._replace(prompt=[*q.prompt[:20], 300, *q.prompt[21:]]) for q in questions]
+    assert eval_niah.answer(sharp, other, write, 0, range(3)) != answers
 
 
-def test_answers_with_memory_do_not_depend_on_the_batch_size(sharp, write):
-    """One memory per prompt with random draws of its own: 1 or 4 prompts at a time give the same scores."""
-    examples = data.make_examples("vt", 4, 64, seed=0)
-    assert eval_niah.answer(sharp, examples, write, 0, batch_size=1) == eval_niah.answer(sharp, examples, write, 0)
+def test_answers_with_memory_do_not_depend_on_batch_size_or_order(sharp, write):
+    """One memory per prompt, whose random draws go by the prompt's number: 1 or 4 at a time, in any order, are the same."""
+    questions = questions_of("vt", 4)
+    together, _ = eval_niah.answer(sharp, questions, write, 0, range(4))
+    assert len(set(together)) > 1
+    assert [eval_niah.answer(sharp, [q], write, 0, [i])[0][0] for i, q in enumerate(questions)] == together
+    assert eval_niah.answer(sharp, questions[::-1], write, 0, [3, 2, 1, 0])[0] == together[::-1]
 
 
 def written_together_and_alone(model, prompts: torch.Tensor, write) -> Fast:
     """The fast weights of all prompts at once, after comparing each set with that of its prompt alone."""
     together = write_prompt(model, prompts, write, seed=5)
     for i in range(len(prompts)):
-        alone = write_prompt(model, prompts[i : i + 1], write, seed=5, first_row=i)
+        alone = write_prompt(model, prompts[i : i + 1], write, seed=5, numbers=[i])
         for name, pair in alone.weights.items():
             for p, q in zip(pair, together.weights[name]):
                 torch.testing.assert_close(q[i : i + 1], p, **TIGHT, msg=f"row {i}, {name}")
@@ -110,7 +121,7 @@ def test_the_papers_rule_follows_the_strategy(model):
         assert all(stage.t.shape == (2,) for stage in stages)
 
 
-@pytest.mark.parametrize("change", [{"seed": 6}, {"first_row": 1}])
+@pytest.mark.parametrize("change", [{"seed": 6}, {"numbers": [1]}])
 def test_each_row_of_an_evaluation_has_draws_of_its_own(model, write, change):
     """Another seed or another row of the test set: another A and other masks. Else one lucky draw would serve them all."""
     prompts = prompts_of(1, 19)
