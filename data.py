@@ -788,8 +788,9 @@ def grow(task: str, draft: Draft, length: int, style: Style) -> Question:
 
 
 def make_draft(task: str, index: int, length: int, seed: int, style: Style) -> Draft:
-    """Question `index` before its haystack is measured out. Its draws depend on seed, task and index alone: not on what else is
-    asked, and not on the length, so that scores over length compare the same questions."""
+    """Question `index` before its haystack is measured out. Its draws depend on seed, task and index, not on what else is
+    asked, nor on the length: keys, values, variables and stories stay the same. (Coded words, and common words below and
+    above 4096 tokens, do not, for a longer text has more of them; nor do the places.)"""
     return BENCHMARKS[task](random.Random(f"{seed} {task} {index}"), index, length, style)
 
 
@@ -850,7 +851,7 @@ def shuffled(items: Iterable, seed: int = 42) -> list:
     return items
 
 
-def distinct(draw: Callable[[], str], count: int) -> list[str]:
+def draw_distinct(draw: Callable[[], str], count: int) -> list[str]:
     """Draws until there are `count` different ones. (The original takes its chance that a key comes twice.)"""
     found: dict[str, None] = {}
     while len(found) < count:
@@ -961,12 +962,12 @@ def essay_hay(task: Needles, keys: list[str], seed: int, style: Style) -> Callab
 
 
 def among_lines(lines: list[str], needles: list[str], seed: int) -> str:
-    """The first needle goes nearest to the end."""
+    """The first needle goes nearest to the end, as in the original, which inserts from there."""
     return "\n".join(place_lines(lines, needles, draw_places(len(lines), len(needles), seed)[::-1]))
 
 
 def among_sentences(sentences: list[str], needles: list[str], seed: int) -> str:
-    """The first needle goes nearest to the beginning."""
+    """The first needle goes nearest to the beginning: with essays the original goes the other way."""
     depths = sorted(random.Random(seed).sample(DEPTHS, len(needles)))
     return place_sentences(sentences, needles, [int(len(sentences) * (depth / 100)) for depth in depths])
 
@@ -976,8 +977,8 @@ HAYS = {"noise": (noise_hay, among_lines), "needle": (needle_hay, among_lines), 
 
 def find_needles(task: Needles, rng: random.Random, index: int, length: int, style: Style) -> Draft:
     """A size is a number of lines, or of an essay's words. Without a text to take these from, the essay is noise."""
-    keys = distinct(lambda: KINDS[task.key](rng), task.keys)
-    values = distinct(lambda: KINDS[task.value](rng), task.keys * task.values)
+    keys = draw_distinct(lambda: KINDS[task.key](rng), task.keys)
+    values = draw_distinct(lambda: KINDS[task.value](rng), task.keys * task.values)
     hidden = {key: values[i * task.values : (i + 1) * task.values] for i, key in enumerate(keys)}
     queries, needles = rng.sample(keys, task.asked), needle_sentences(hidden, task.value)
     references = tuple(value for key in queries for value in hidden[key])
@@ -1014,8 +1015,8 @@ def tracking_example(text: str, prefix: str, names: list[str], protocol: str) ->
 def track_variables(rng: random.Random, index: int, length: int, style: Style) -> Draft:
     """A size is a number of lines. The example has at least 5 of them, and 5 more as long as it fits into 500 tokens; its
     names and its value are the question's own, its places are not."""
-    shown, names = (distinct(functools.partial(letters, rng, string.ascii_uppercase, count), 5) for count in (3, 5))
-    (given, value), seed = distinct(lambda: str(rng.randint(10000, 99998)), 2), rng.getrandbits(64)
+    shown, names = (draw_distinct(functools.partial(letters, rng, string.ascii_uppercase, count), 5) for count in (3, 5))
+    (given, value), seed = draw_distinct(lambda: str(rng.randint(10000, 99998)), 2), rng.getrandbits(64)
 
     def example(size: int) -> tuple[str, str]:
         return tracking_prompt(shown, given, draw_places(size, 5, 42), size, style.protocol)
@@ -1074,7 +1075,7 @@ def coded_text(vocabulary: list[str], total: int) -> str:
 
 def find_frequent(rng: random.Random, index: int, length: int, style: Style) -> Draft:
     """A size is a number of words. From 53 on, the fourth coded word is always rarer than the third."""
-    drawn = distinct(lambda: letters(rng, string.ascii_lowercase, 6), max(6, length // 50))
+    drawn = draw_distinct(lambda: letters(rng, string.ascii_lowercase, 6), max(6, length // 50))
     vocabulary = ["...", *shuffled(sorted(drawn))[1:]]  # the most frequent word of all is no answer
 
     def render(size: int) -> tuple[str, None]:
@@ -1200,7 +1201,8 @@ class Scene:
         }
 
     def happen(self, event: Event) -> None:
-        """Whoever acts together is in one place: what is told of one of them is known of all, and of what they carry."""
+        """Moves the world on, and notes what a reader can tell: whoever acts together is in one place, so that where one of
+        them is known to be the others are, with what they carry. What this says of *earlier* places is not followed up."""
         kind, who, what, to = event
         if kind == "go":
             self.place[who] = to
@@ -1294,18 +1296,23 @@ def make_story(task: str, world: World, rng: random.Random, most: int = 60) -> S
 BABI_LINE = re.compile(r"(\d+) ([^\t]*\S[^\t]*)(?:\t([^\t]*\S[^\t]*)\t[\d ]+)?")
 
 
+def find_babi(folder: Path, task: str) -> Path:
+    """The file of a task: in the folder itself, or else in a folder below it, best in en-10k, which BABILong reads."""
+    files = folder.rglob(f"{task}_*train.txt")
+    ranked = sorted(files, key=lambda file: (file.parent != folder, file.parent.name != "en-10k", file))
+    if not ranked:
+        raise UserError(f"no {task}_*train.txt of bAbI in the folder {folder}.")
+    return ranked[0]
+
+
 @functools.lru_cache
 def read_babi(folder: Path, task: str) -> list[Story]:
     """bAbI's own stories: each question with all facts of its story so far, without the earlier questions."""
-    files = sorted(
-        folder.rglob(f"{task}_*train.txt"), key=lambda file: (file.parent != folder, file.parent.name != "en-10k", file)
-    )
-    if not files:
-        raise UserError(f"no {task}_*train.txt of bAbI in the folder {folder}.")
+    path = find_babi(folder, task)
     try:
-        lines = files[0].read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {files[0]}: {error}.") from None
+        raise UserError(f"cannot read {path}: {error}.") from None
     samples, facts, last = [], [], 0
     for i, line in enumerate(lines, 1):
         parts = BABI_LINE.fullmatch(line)
@@ -1313,7 +1320,7 @@ def read_babi(folder: Path, task: str) -> list[Story]:
         facts, expected = ([], 1) if number == "1" else (facts, last + 1)
         last = int(number)
         if last != expected or (target and not facts):
-            raise UserError(f"{files[0]}, line {i}: not bAbI's NUMBER FACT, or NUMBER QUESTION, TAB, ANSWER, TAB, NUMBERS.")
+            raise UserError(f"{path}, line {i}: not bAbI's NUMBER FACT, or NUMBER QUESTION, TAB, ANSWER, TAB, NUMBERS.")
         if target:
             samples.append(Story(facts, text, target.strip()))
         else:
@@ -1483,11 +1490,12 @@ def babilong(task: str, rng: random.Random, index: int, length: int, style: Styl
     if style.babi is None:
         story = make_story(task, BABI_WORLDS[task], rng, most)
     else:
-        stories = [story for story in read_babi(style.babi, task) if len(story.facts) <= most]
-        if not stories:
+        # Mixed, for up to five questions in a row are about one story.
+        stories = [story for story in shuffled(read_babi(style.babi, task)) if len(story.facts) <= most]
+        if index >= len(stories):
             room = f"at most {max(most, 0)} facts, the room in --lengths {length}"
-            raise UserError(f"babilong_{task}: {style.babi} has no question after {room}.")
-        story = stories[index % len(stories)]
+            raise UserError(f"babilong_{task}: {style.babi} has {len(stories)} questions after {room}: lower --samples.")
+        story = stories[index]
     sentences = sentences_of(BACKGROUND if style.haystack is None else style.haystack)
     start, spots = rng.randrange(len(sentences)), [rng.random() for _ in story.facts]
     facts, (prompt, tokens) = [fact.split() for fact in story.facts], BABILONG_PROTOCOLS[style.protocol]

@@ -43,6 +43,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -165,9 +166,8 @@ def string_match_part(references: Sequence[str], prediction: str) -> float:
     return float(any(reference.lower() in clean(prediction).lower() for reference in references))
 
 
-PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
-BABILONG_LABELS = {"qa1": PLACES, "qa2": PLACES, "qa3": PLACES, "qa4": PLACES}
-BABILONG_LABELS["qa5"] = ("Bill", "Fred", "Jeff", "Mary", "apple", "football", "milk")
+BABILONG_LABELS = {task: tuple(world.places) for task, world in data.BABI_WORLDS.items()}
+BABILONG_LABELS["qa5"] = (*sorted(data.BABI_WORLDS["qa5"].people), *data.BABI.objects)
 
 
 def first_statement(output: str) -> str:
@@ -328,8 +328,8 @@ def unless_out_of_memory(compute: Callable[[], list[dict]]) -> list[dict] | None
 class Predictions:
     """Every answer that was given. With a file, each is appended as it is made, and a stopped evaluation finds them there.
 
-    The file also says what each row's answers depend on, so that answers to other questions or of other weights are never
-    taken for these. A line that was cut off by a power cut is dropped.
+    Lines of settings say what each row's answers depend on, so that answers to other questions or of other weights are not
+    taken for these. A line that a power cut cut off is dropped. One process at a time may write.
     """
 
     def __init__(self, path: Path | None = None):
@@ -364,7 +364,7 @@ class Predictions:
         """Refuses to go on where a row was answered with other settings; notes the new ones. settings: by BEGUN."""
         answered = {(method, BIAS if task == BIAS else "answers", seed) for method, task, _, seed, _ in self.done}
         for place, wanted in settings.items():
-            begun = self.settings.get(place, wanted) if place in answered else wanted
+            begun = self.settings.get(place, {}) if place in answered else wanted
             for name in {**wanted, **begun}:
                 if begun.get(name) != wanted.get(name):
                     said = f"{name} {begun.get(name)!r}, not {wanted.get(name)!r}"
@@ -430,7 +430,7 @@ def evaluate(rows: list[Row], cells: list[Cell], open_model: Callable, predictio
     open_model(seed, checkpoint) -> Transformer. Returns the (method, task, length, seed) at which memory ran out.
     """
     failed, opened = set(), {}
-    every = [(row, cell) for row in rows for cell in cells]
+    every = list(product(rows, cells))
     total = sum(len(group) for _, cell in every for group in cell.groups)
     order = sorted(every, key=lambda pair: (pair[1].seed, [row.checkpoint for row in rows].index(pair[0].checkpoint)))
 
@@ -451,7 +451,7 @@ def evaluate(rows: list[Row], cells: list[Cell], open_model: Callable, predictio
 def summarize(rows: list[Row], cells: list[Cell], predictions: Predictions, failed: set[tuple]) -> list[dict]:
     """One record per row and cell: the mean score of the answers, its 95% interval, and what the answers cost."""
     records = []
-    for row, cell in [(row, cell) for cell in cells for row in rows]:
+    for cell, row in product(cells, rows):
         found = predictions.of(row, cell)
         record = {"method": row.method, "task": cell.task, "length": cell.length, "n": len(found), "score": None, "ci95": None}
         if found:
@@ -459,8 +459,8 @@ def summarize(rows: list[Row], cells: list[Cell], predictions: Predictions, fail
             record["score"] = next(iter(scores.values()))
             record |= {"ci95": wilson_interval(record["score"], len(found)), "scores": scores}
             record["steps"] = float(np.mean([one["steps"] for one in found]))
-        if (row.method, cell.task, cell.length, cell.seed) in failed:
-            record["failed"] = "out of memory"
+        if (row.method, cell.task, cell.length, cell.seed) in failed:  # those that found room are no fair sample
+            record |= {"score": None, "ci95": None, "failed": "out of memory"}
         records.append(record | {"seed": cell.seed})
     return records
 
@@ -649,20 +649,26 @@ def as_floats(values: list[float | None]) -> np.ndarray:
 # ---- tables ---------------------------------------------------------------------------------------------------------------
 
 
-def mean_over_tasks(results: dict, method: str, length: int, seed: int) -> float:
-    cells = [r["score"] for r in results["niah"] if (r["method"], r["length"], r["seed"]) == (method, length, seed)]
-    return float(as_floats(cells).mean())
+def scores_by_cell(results: dict, method: str) -> dict[tuple[str, int, int], float | None]:
+    """(task, length, seed) -> score."""
+    return {(r["task"], r["length"], r["seed"]): r["score"] for r in results["niah"] if r["method"] == method}
 
 
 def paired_difference(first: dict, method: str, second: dict, baseline: str) -> list[dict]:
-    """`method` of the results `first` minus `baseline` of `second`, score averaged over tasks, paired by seed, per length."""
-    seeds = [seed for seed in distinct(first["niah"], "seed") if seed in distinct(second["niah"], "seed")]
-    records = []
-    for length in [n for n in distinct(first["niah"], "length") if n in distinct(second["niah"], "length")]:
-        gains = [mean_over_tasks(first, method, length, s) - mean_over_tasks(second, baseline, length, s) for s in seeds]
+    """`method` of the results `first` minus `baseline` of `second`, per length: the score averaged over the tasks that both
+    have, paired by seed."""
+    one, other = scores_by_cell(first, method), scores_by_cell(second, baseline)
+    both, records = [place for place in one if place in other], []
+    for length in dict.fromkeys(length for _, length, _ in both):
+        gains = []
+        for seed in dict.fromkeys(seed for _, n, seed in both if n == length):
+            places = [place for place in both if place[1:] == (length, seed)]
+            means = [as_floats([scores[place] for place in places]).mean() for scores in (one, other)]
+            gains.append(float(means[0] - means[1]))
         mean, half = t_interval(gains)
         ci95 = [mean - half, mean + half] if math.isfinite(half) else None
-        records.append({"better": method, "worse": baseline, "length": length, "mean": mean, "ci95": ci95})
+        tasks = sorted({task for task, n, _ in both if n == length})
+        records.append({"better": method, "worse": baseline, "length": length, "mean": mean, "ci95": ci95, "tasks": tasks})
     return records
 
 
@@ -678,9 +684,8 @@ def compare(specifications: list[str]) -> str:
             raise UserError(f"--compare: {folder} has no scores of {method}.")
         sides.append((results, method))
     (first, method), (second, baseline) = sides
-    if not {r["seed"] for r in first["niah"]} & {r["seed"] for r in second["niah"]}:
-        raise UserError("--compare: the two runs have no seed in common.")
-    records = paired_difference(first, method, second, baseline)
+    if not (records := paired_difference(first, method, second, baseline)):
+        raise UserError("--compare: the two runs have no task with a length and a seed in common.")
     rows = [[f"{specifications[0]} minus {specifications[1]}", *(difference_text(record) for record in records)]]
     learnt = []
     for (results, name), text in zip(sides, specifications):
@@ -689,7 +694,8 @@ def compare(specifications: list[str]) -> str:
             continue  # results of eval_niah.py, or a row without fine-tuning
         final = [r for r in results["loss"] if (r["method"], r["step"]) == ((ROWS | MORE_ROWS)[name][1], last)]
         learnt.append([text, interval_text([record["train_without_memory"] for record in final])])
-    header = ["difference, mean over tasks", *(record["length"] for record in records)]
+    columns = (f"{record['length']} ({' '.join(record['tasks'])})" for record in records)
+    header = ["difference, mean over the tasks of both", *columns]
     table = markdown(header, rows)
     return table + "\n\n" + markdown(["learnt", "training loss without memory"], learnt) if learnt else table
 
@@ -810,7 +816,8 @@ def report(results: dict) -> str:
     if results.get("pairs"):
         tables[0] += f" Exposure bias: {results['pairs']} pairs, {results['config']['bias_steps']} steps."
     if results["niah"]:
-        tables[0] = f"Seeds {distinct(results['niah'], 'seed')}, {results['niah'][0]['n']} examples a cell, {tables[0]}"
+        seeds, n = distinct(results["niah"], "seed"), max(distinct(results["niah"], "n"))
+        tables[0] = f"Seeds {seeds}, {n} examples a cell, {tables[0]}"
         tables += [score_table(results), difference_table(results)]
     tables += [exposure_table(results)] if results.get("exposure_bias") or results.get("pairs") else []
     tables += [loss_table(results)] if results.get("loss") else []
@@ -828,6 +835,10 @@ COLOURS = {
     "base_inference": "black",
     "mdlm_inference": "tab:orange",
 }
+
+
+# a row with memory -> the same checkpoint's without
+PLAIN = {"base_inference": "base", "mdlm_inference": "mdlm", "memdlm_train_inference": "memdlm_train"}
 
 
 def colour(method: str):
@@ -911,7 +922,7 @@ def draw_heat_maps(grids: dict[str, np.ndarray], columns: list, rows: list, labe
             axis.text(column, row, text, ha="center", va="center", color="white" if value < 0.6 else "black")
         axis.set_xticks(range(len(columns)), columns)
         axis.set_yticks(range(len(rows)), rows if axis is axes[0, 0] else [])
-        axis.set(title=title(method), xlabel="length in tokens")
+        axis.set(title=title(method).replace(", ", "\n"), xlabel="length in tokens")
         axis.title.set_fontsize(10)
     axes[0, 0].set_ylabel(label)
     figure.colorbar(image, ax=axes[0].tolist(), label="score")
@@ -929,17 +940,17 @@ def draw_scores(records: list[dict], path: Path) -> None:
     draw_heat_maps(grids, lengths, tasks, "", path)
 
 
-DEPTHS = 5
+DEPTH_BINS = 5
 
 
 def depth_records(rows: list[Row], cells: list[Cell], predictions: Predictions) -> list[dict]:
-    """Mean scores by the depth of a single needle, in DEPTHS equal bins: [{method, length, depth: bin, score, n}]."""
+    """Mean scores by the depth of a single needle, in DEPTH_BINS equal bins: [{method, length, depth: bin, score, n}]."""
     found: dict[tuple, list] = {}
-    for row, cell in [(row, cell) for row in rows for cell in cells]:
+    singles = [cell for cell in cells if cell.task.startswith("niah_single")]  # no needle among other needles
+    for row, cell in product(rows, singles):
         for one in predictions.of(row, cell):
-            if one.get("depth") is not None:
-                place = (row.method, cell.length, min(int(one["depth"] * DEPTHS), DEPTHS - 1))
-                found.setdefault(place, []).append(next(iter(one["scores"].values())))
+            place = (row.method, cell.length, min(int(one["depth"] * DEPTH_BINS), DEPTH_BINS - 1))
+            found.setdefault(place, []).append(next(iter(one["scores"].values())))
     names = ("method", "length", "depth")
     return [dict(zip(names, place)) | {"score": float(np.mean(x)), "n": len(x)} for place, x in sorted(found.items())]
 
@@ -947,15 +958,16 @@ def depth_records(rows: list[Row], cells: list[Cell], predictions: Predictions) 
 def draw_depths(records: list[dict], path: Path) -> None:
     """Where in the haystack single needles are found: depth down, length across."""
     methods, lengths = distinct(records, "method"), sorted(distinct(records, "length"))
-    grids = {method: np.full((DEPTHS, len(lengths)), math.nan) for method in methods}
+    grids = {method: np.full((DEPTH_BINS, len(lengths)), math.nan) for method in methods}
     for record in records:
         grids[record["method"]][record["depth"], lengths.index(record["length"])] = record["score"]
-    names = [f"{100 * i // DEPTHS}-{100 * (i + 1) // DEPTHS}%" for i in range(DEPTHS)]
+    names = [f"{100 * i // DEPTH_BINS}-{100 * (i + 1) // DEPTH_BINS}%" for i in range(DEPTH_BINS)]
     draw_heat_maps(grids, lengths, names, "depth of the needle", path)
 
 
 def over_seeds(records: list[dict]) -> list[dict]:
-    """One record per method, task and length: of several seeds the mean, and the 95% t-interval in place of each seed's own."""
+    """One record per method, task and length: of several seeds the mean, and the wider of two 95% intervals: t over the seeds,
+    and Wilson's over all questions (seeds that happen to agree would leave none)."""
     groups: dict[tuple, list] = {}
     for record in records:
         if record["score"] is not None:
@@ -963,7 +975,8 @@ def over_seeds(records: list[dict]) -> list[dict]:
     merged = []
     for group in groups.values():
         mean, half = t_interval([record["score"] for record in group])
-        ci95 = [max(0.0, mean - half), min(1.0, mean + half)] if len(group) > 1 else group[0]["ci95"]
+        low, high = wilson_interval(mean, sum(record["n"] for record in group))
+        ci95 = [max(0.0, min(mean - half, low)), min(1.0, max(mean + half, high))] if len(group) > 1 else group[0]["ci95"]
         merged.append(group[0] | {"score": mean, "ci95": ci95})
     return merged
 
@@ -991,9 +1004,15 @@ def draw_curves(records: list[dict], key: str, path: Path) -> None:
 
 
 def ratio_records(records: list[dict]) -> list[dict]:
-    """Rows of a sweep over anchor ratios, their ratio taken out of the method's name."""
-    swept = [(record, *record["method"].partition("@")[::2]) for record in records]
-    return [record | {"method": name, "anchor ratio": float(ratio)} for record, name, ratio in swept if ratio]
+    """Rows of a sweep over anchor ratios, their ratio taken out of the method's name; and at each, the row without memory."""
+    found, place = [], ("method", "task", "length")
+    by_place = {tuple(record[key] for key in place): record for record in records}
+    for record in records:
+        name, _, ratio = record["method"].partition("@")
+        if ratio:
+            plain = by_place[PLAIN[name], record["task"], record["length"]]
+            found += [one | {"anchor ratio": float(ratio)} for one in (plain, record | {"method": name})]
+    return found
 
 
 def save_picture(figure, path: Path) -> None:
@@ -1063,7 +1082,7 @@ def build_parser() -> Parser:
     flag("--exposure-bias", action="store_true", help="R_EB on --data (Fig. 3); tasks only where --tasks names some")
     flag("--data", help='JSONL of {"prompt", "response"} for --exposure-bias')
     flag("--max-length", type=whole(2), default=4096, help="longest pair taken from --data, in tokens [4096, Sec. 4.1]")
-    flag("--bias-steps", type=whole(1), default=48, help="denoising steps of the exposure bias [48, Fig. 3]")
+    flag("--bias-steps", type=whole(2), default=48, help="denoising steps of the exposure bias [48, Fig. 3]")
     # how it is answered
     sample.decoding_flags(flag)
     flag(
@@ -1081,7 +1100,7 @@ BACKBONE_ALONE = ("adapter", "random_weights", "load_4bit", "dtype", "memory", "
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuses, in one line, what would have no effect; takes out what is named twice."""
+    """Refuses, in one line, what would mislead; takes out what is named twice."""
     if bool(args.run) == bool(args.backbone) or not args.out:
         raise UserError("say what to score, --run DIR or --backbone NAME_OR_DIR, and where to write, --out DIR.")
     default = build_parser().get_default
@@ -1119,7 +1138,7 @@ def memory_rows(method: str, checkpoint: str, write: sample.Write, ratios: list[
     if ratios and write.rule != "paper":
         raise UserError("--anchor-ratio needs --write paper: no other rule has such an anchor.")
     ratios = ratios or [write.anchor_ratio]
-    names = [f"{method}@{ratio:g}" if len(ratios) > 1 else method for ratio in ratios]
+    names = [f"{method}@{ratio}" if len(ratios) > 1 else method for ratio in ratios]
     return [Row(name, checkpoint, write._replace(anchor_ratio=ratio)) for name, ratio in zip(names, ratios)]
 
 
@@ -1142,11 +1161,12 @@ def settings_of(args: argparse.Namespace, evaluation: Evaluation) -> dict[tuple[
     if args.exposure_bias:
         own[BIAS] = {"data": digest(data.find_data(args.data)), "max_length": args.max_length, "bias_steps": args.bias_steps}
     found = {}
-    for row, cell in [(row, cell) for row in evaluation.rows for cell in evaluation.cells]:
+    for row, cell in product(evaluation.rows, evaluation.cells):
         kind = BIAS if cell.task == BIAS else "answers"
         if (row.method, kind, cell.seed) not in found:
-            write = row.write and {**row.write._asdict(), "memory": asdict(row.write.memory)}
-            found[row.method, kind, cell.seed] = own[kind] | {"write": write} | evaluation.settings(row, cell.seed)
+            write = {**row.write._asdict(), **asdict(row.write.memory), "memory": True} if row.write else {}
+            written = {f"write {name}": value for name, value in write.items()}
+            found[row.method, kind, cell.seed] = own[kind] | written | evaluation.settings(row, cell.seed)
     return found
 
 
@@ -1229,7 +1249,7 @@ def backbone_cells(args: argparse.Namespace, tokenizer: data.Tokenizer, seed: in
     style = data.Style(encode, args.protocol, haystack, Path(args.babi) if args.babi else None)
     options, cells = (lambda model: sample.decoding(args, model.config.architecture)), []
     tasks, n = args.tasks or ([] if args.exposure_bias else TABLE_1), args.samples or 25
-    for length, task in [(length, task) for length in args.lengths or [4096, 8192] for task in tasks]:
+    for length, task in product(args.lengths or [4096, 8192], tasks):
         data.check_length(task, n, length, seed, style)
         question = partial(lambda task, length, index: data.make_question(task, index, length, seed, style), task, length)
         groups, metrics = [[i] for i in range(n)], metrics_of(task, args.protocol)
@@ -1258,7 +1278,8 @@ def evaluation_of_backbone(args: argparse.Namespace, device: str) -> Evaluation:
     rows, cells = backbone_rows(args, adapters), backbone_cells(args, tokenizer, seed)
     about = {"backbone": args.backbone, "protocol": args.protocol, "chat": args.chat, "load_4bit": args.load_4bit}
     about |= {"haystack": args.haystack and digest(args.haystack), "babi": args.babi, **machine(device, dtype)}
-    stories = sorted(Path(args.babi).rglob("qa*_train.txt")) if args.babi else []
+    tasks = dict.fromkeys(cell.task for cell in cells if args.babi and cell.task.startswith("babilong"))
+    stories = [data.find_babi(Path(args.babi), task.removeprefix("babilong_")) for task in tasks]
     about |= backbone_files(args) | {path.name: digest(path) for path in stories}
 
     def settings(row: Row, seed: int) -> dict:
@@ -1284,7 +1305,7 @@ def show_prompts(cells: list[Cell]) -> None:
 def cost_table(rows: list[Row], cells: list[Cell], predictions: Predictions) -> str:
     """Seconds per answer, and on a GPU the peak memory, by row and length. (Apart from results.json, which has no times.)"""
     lines = []
-    for row, length in [(row, length) for row in rows for length in dict.fromkeys(cell.length for cell in cells)]:
+    for row, length in product(rows, dict.fromkeys(cell.length for cell in cells)):
         found = [one for cell in cells if cell.length == length for one in predictions.of(row, cell)]
         if found:
             peak = max(one.get("peak_memory_gib", 0.0) for one in found)
@@ -1310,6 +1331,7 @@ def run(args: argparse.Namespace) -> None:
     asked, walked = ([cell for cell in cells if (cell.task == BIAS) == bias] for bias in (False, True))
     results = {"config": config, "machine": machine(device, dtype), "niah": summarize(rows, asked, predictions, failed)}
     results["depths"] = depth_records(rows, asked, predictions)
+    results["decoding"] = chosen(args, "steps", "block_length", "schedule", "threshold")
     results["failed"] = [dict(zip(("method", "task", "length", "seed"), place)) for place in sorted(failed)]
     results["pairs"] = max((len(cell.groups) for cell in walked), default=0)
     results["exposure_bias"] = [record for cell in walked for record in summarize_bias(rows, cell, predictions, failed)]

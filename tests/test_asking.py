@@ -178,7 +178,8 @@ def test_a_line_that_was_cut_off_is_dropped_and_its_answer_made_again(lively, bi
 
 
 @pytest.mark.parametrize(
-    "damage", [b"{oops\n", b"5\n", b"[]\n", b"{}\n", b'{"method": "base"\n', b"\xff\xfe\n", b"\n", b"\0\0\0\n"]
+    "damage",
+    [b"{oops\n", b"5\n", b"[]\n", b"{}\n", b'{"task": "mv"}\n', b'{"method": "base"\n', b"\xff\xfe\n", b"\n", b"\0\0\0\n"],
 )
 def test_a_damaged_line_is_named(lively, bias, begun, refused, damage):
     """Before any work, and it is left for the user to look at: nothing is lost."""
@@ -241,7 +242,7 @@ OTHER = {
     "--bias-steps 4": "Base with bias_steps 3, not 4",
     "--max-length 12": "Base with max_length 4096, not 12",
     "--data {}": "Base with data '",
-    "--write-lr 0.7": "MemDLM (Train & Inference) with write {'rule': 'surprise'",
+    "--write-lr 0.7": "MemDLM (Train & Inference) with write lr 0.5, not 0.7",
     "--run {}": "MemDLM (Train-Only) with weights '",
 }
 
@@ -259,6 +260,15 @@ def test_answers_made_with_other_settings_are_not_taken_for_these(lively, bias, 
     said = refused(eval_niah.main, *arguments)
     assert f"{begun} holds answers of {OTHER[flags]}" in said
     assert "name another --out" in said
+    assert contents(begun) == before
+
+
+def test_answers_without_settings_are_refused(lively, bias, begun, refused):
+    """Nobody can tell any more what they depend on."""
+    path = begun / "predictions.jsonl"
+    path.write_text("".join(line for line in path.open() if '"settings"' not in line))
+    before = contents(begun)
+    assert "name another --out" in refused(eval_niah.main, "--run", lively, "--out", begun, "--device", "cpu", *WORK, *bias)
     assert contents(begun) == before
 
 
@@ -430,6 +440,25 @@ def test_a_length_without_room_is_left_open_and_filled_in_later(lively, few, tmp
     ask(lively, out, *FEW)
     assert answers_of(out) == answers_of(few)
     assert {**final(out), "predictions.jsonl": 0} == {**final(few), "predictions.jsonl": 0}
+
+
+def test_a_cell_that_is_half_asked_has_no_score(lively, tmp_path, monkeypatch):
+    """Whoever found room is no fair sample: what was answered is kept and counted, and enters no mean."""
+    generate, left = sample.generate, [6]
+
+    def generating(*arguments, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(sample, "generate", generating)
+    monkeypatch.setattr(eval_niah, "same_shape", lambda questions, most: [[i] for i in range(len(questions))])
+    ask(lively, tmp_path, *"--tasks mv --lengths 64 --samples 4".split())
+    found = {record["method"]: record for record in read(tmp_path)["niah"]}
+    assert [found[method]["n"] for method in METHODS] == [4, 2, 0, 0]
+    assert [found[method]["score"] is None for method in METHODS] == [False, True, True, True]
+    assert "| Standard MDLM | - | **-** |" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
 def test_rows_without_room_for_a_memory_leave_the_others_alone(lively, bias, unbroken, tmp_path, monkeypatch, pictures):

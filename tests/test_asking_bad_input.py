@@ -70,6 +70,30 @@ def test_an_adapter_of_another_strength_is_noticed(toy, tmp_path, refused):
     assert "Standard MDLM with adapter_config.json '" in refused(eval_niah.main, *toy_command(toy, tmp_path / "eval", flags))
 
 
+STORY = "1 Mary moved to the {0}.\n2 Where is Mary? \t{0}\t1\n3 John went to the {0}.\n4 Where is John? \t{0}\t3\n"
+
+
+def test_the_stories_that_are_read_are_those_that_are_told_apart(toy, tmp_path, refused):
+    """bAbI's archive has files of one name in several folders: a change in the one that is read is noticed, in others not."""
+    for folder in ("en-10k", "shuffled-10k"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "qa1_x_train.txt").write_text(STORY.format("office"))
+    flags = f"--backbone {{}}/toy --babi {tmp_path} --tasks babilong_qa1 --lengths 700 --steps 1 --samples"
+    eval_niah.main(toy_command(toy, tmp_path / "eval", f"{flags} 1"))
+    (tmp_path / "shuffled-10k" / "qa1_x_train.txt").write_text(STORY.format("garden"))
+    eval_niah.main(toy_command(toy, tmp_path / "eval", f"{flags} 2"))
+    (tmp_path / "en-10k" / "qa1_x_train.txt").write_text(STORY.format("garden"))
+    assert "Base with qa1_x_train.txt '" in refused(eval_niah.main, *toy_command(toy, tmp_path / "eval", f"{flags} 2"))
+
+
+def test_anchor_ratios_that_look_alike_are_two_rows(toy, tmp_path):
+    flags = "--backbone {}/toy --tasks niah_single_1 --lengths 330 --steps 1 --samples 1 --memory"
+    flags += " --anchor-ratio 0.3333333 0.3333334"
+    eval_niah.main(toy_command(toy, tmp_path / "eval", flags))
+    methods = [record["method"] for record in read(tmp_path / "eval")["niah"]]
+    assert methods == ["base", "base_inference@0.3333333", "base_inference@0.3333334"]
+
+
 def test_chat_without_a_template_is_refused(toy, tmp_path, refused):
     """Or --chat would change nothing, and nobody would know."""
     backbone = Path(shutil.copytree(toy / "toy", tmp_path / "toy"))

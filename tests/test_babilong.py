@@ -336,22 +336,34 @@ def babi(folder: Path, text: str = PUBLISHED, name: str = "qa1_single-supporting
     return STYLE._replace(babi=folder)
 
 
-def test_published_stories_are_taken_in_order(tmp_path):
-    """Each question has all earlier facts of its story, without the earlier questions; the fourth is the first again."""
+def test_each_published_question_is_asked_once(tmp_path):
+    """It has all earlier facts of its story, without the earlier questions. There is no fourth of three."""
     style = babi(tmp_path)
-    found = [(facts_in(context_of("qa1", q, style)), q.asked.strip(), *q.references) for q in questions("qa1", 4, style=style)]
+    found = {q.asked.strip(): (facts_in(context_of("qa1", q, style)), *q.references) for q in questions("qa1", 3, style=style)}
     first = ["Mary moved to the bathroom.", "John went to the hallway."]
-    assert found[0] == found[3] == (first, "Where is Mary?", "bathroom")
-    assert found[1] == ([*first, "Daniel went back to the hallway."], "Where is Daniel?", "hallway")
-    assert found[2] == (["Sandra journeyed to the office."], "Where is Sandra?", "office")
+    assert found.pop("Where is Mary?") == (first, "bathroom")
+    assert found.pop("Where is Daniel?") == ([*first, "Daniel went back to the hallway."], "hallway")
+    assert found.pop("Where is Sandra?") == (["Sandra journeyed to the office."], "office")
+    with pytest.raises(UserError, match=r"has 3 questions after at most .*: lower --samples"):
+        questions("qa1", 4, style=style)
+
+
+def test_published_questions_are_mixed(tmp_path):
+    """Neighbours in the file are about one story; a few samples shall be about many."""
+    story = "1 Mary moved to the {}.\n2 Where is Mary? \t{}\t1\n3 John went to the {}.\n4 Where is John? \t{}\t3\n"
+    places = [f"room{i}" for i in range(20)]
+    style = babi(tmp_path, "".join(story.format(*[place] * 4) for place in places))
+    found = [q.references[0] for q in questions("qa1", 8, style=style)]
+    assert len(set(found)) > 5
+    assert found != sorted(found, key=places.index)
 
 
 def test_published_stories_have_at_most_an_eighth_of_the_length(tmp_path):
     """(length - 300) // 8 facts: the others are left out, and where none is left, the length is too short."""
     style = babi(tmp_path)._replace(encode=lambda text, prefix: text.split())  # as if each word were a token
-    assert [q.references[0] for q in questions("qa1", 2, 323, style)] == ["bathroom", "office"]
-    assert [q.references[0] for q in questions("qa1", 2, 324, style)] == ["bathroom", "hallway"]
-    with pytest.raises(UserError, match=r"babilong_qa1: .* no question after at most 0 facts.*--lengths 307\.$"):
+    assert {q.references[0] for q in questions("qa1", 2, 323, style)} == {"bathroom", "office"}
+    assert {q.references[0] for q in questions("qa1", 3, 324, style)} == {"bathroom", "hallway", "office"}
+    with pytest.raises(UserError, match=r"babilong_qa1: .* has 0 questions after at most 0 facts.*--lengths 307: "):
         questions("qa1", 1, 307, style)
 
 
@@ -388,7 +400,7 @@ def test_files_that_are_not_there_are_refused(tmp_path):
         questions("qa1", 1, style=STYLE._replace(babi=tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"^no qa2_\*train.txt of bAbI"):
         questions("qa2", 1, style=babi(tmp_path))
-    with pytest.raises(UserError, match="no question after at most"):
+    with pytest.raises(UserError, match="has 0 questions after at most"):
         questions("qa1", 1, style=babi(tmp_path / "empty", ""))
     (tmp_path / "qa3_x_train.txt").write_bytes(b"1 \xff\xfe\n")
     with pytest.raises(UserError, match=r"^cannot read .*qa3_x_train.txt: [^\n]*$"):

@@ -356,6 +356,21 @@ def test_eval_compares_two_runs_seed_by_seed(finished, quick, tmp_path, capsys, 
     assert "--run" in refused(eval_niah.main, "--out", tmp_path / "eval")
 
 
+def test_only_tasks_that_both_runs_have_are_compared(tmp_path, capsys, refused):
+    """A mean over four tasks is not to be set beside a mean over one of them."""
+    for name, scores in (("one", {"mv": 0.5, "vt": 0.9}), ("other", {"mv": 0.25, "cwe": 0.1})):
+        (tmp_path / name).mkdir()
+        records = [{"method": "mdlm", "task": t, "length": 96, "seed": 0, "score": score} for t, score in scores.items()]
+        (tmp_path / name / "results.json").write_text(json.dumps({"niah": records}))
+    eval_niah.main(["--compare", f"{tmp_path}/one:mdlm", f"{tmp_path}/other:mdlm"])
+    printed = capsys.readouterr().out
+    assert "96 (mv)" in printed
+    assert "+0.250" in printed
+    (tmp_path / "other" / "results.json").write_text(json.dumps({"niah": [{**records[0], "length": 192}]}))
+    assert "in common" in refused(eval_niah.main, "--compare", f"{tmp_path}/one:mdlm", f"{tmp_path}/other:mdlm")
+    assert "has no scores of base" in refused(eval_niah.main, "--compare", f"{tmp_path}/one:base", f"{tmp_path}/other:mdlm")
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -210,14 +210,17 @@ def test_pictures_over_length_show_the_mean_over_seeds():
 
 
 def test_the_deepest_needle_is_in_the_last_fifth():
-    """Depth 1 is the end of the haystack, not a sixth bin; answers without a depth are in none."""
-    cell = eval_niah.Cell("niah_single_1", 64, 0, [[0], [1], [2], [3]], None)
+    """Depth 1 is the end of the haystack, not a sixth bin; needles among other needles, and tasks without a depth, are in
+    none."""
     row, predictions = eval_niah.Row("base", "base", None), eval_niah.Predictions()
-    for i, (depth, score) in enumerate([(0.0, 1.0), (0.8, 0.0), (1.0, 1.0), (None, 1.0)]):
+    cell, *others = (eval_niah.Cell(task, 64, 0, [[0], [1], [2]], None) for task in ("niah_single_1", "niah_multikey_2", "mv"))
+    for i, (depth, score) in enumerate([(0.0, 1.0), (0.8, 0.0), (1.0, 1.0)]):
         predictions.add(row, cell, [i], [{"depth": depth, "scores": {"ruler": score}}])
+        predictions.add(row, others[0], [i], [{"depth": 0.5, "scores": {"ruler": 1.0}}])
+        predictions.add(row, others[1], [i], [{"depth": None, "scores": {"ruler": 1.0}}])
     base = {"method": "base", "length": 64}
     wanted = [base | {"depth": 0, "score": 1, "n": 1}, base | {"depth": 4, "score": 0.5, "n": 2}]
-    assert eval_niah.depth_records([row], [cell], predictions) == wanted
+    assert eval_niah.depth_records([row], [cell, *others], predictions) == wanted
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
