@@ -325,6 +325,13 @@ def unless_out_of_memory(compute: Callable[[], list[dict]]) -> list[dict] | None
     return None
 
 
+# What a line of predictions.jsonl is found by: an answer or a walk (whose task is BIAS) ...
+KEY = ("method", "task", "length", "seed", "index")
+BIAS = "exposure bias"
+# ... and what answers (kind "answers") or walks (BIAS) depend on.
+BEGUN = ("method", "kind", "seed")
+
+
 class Predictions:
     """Every answer that was given. With a file, each is appended as it is made, and a stopped evaluation finds them there.
 
@@ -384,11 +391,6 @@ class Predictions:
         """The answers to a cell so far, by index."""
         found = [self.done.get(key) for key in keys(row, cell, sorted(i for group in cell.groups for i in group))]
         return [record for record in found if record]
-
-
-KEY = ("method", "task", "length", "seed", "index")
-BEGUN = ("method", "kind", "seed")  # of a line with settings; kind: "answers" or BIAS
-BIAS = "exposure bias"  # the task of a walk
 
 
 def keys(row: Row, cell: Cell, indices: Iterable[int]) -> list[tuple]:
@@ -1303,7 +1305,8 @@ def show_prompts(cells: list[Cell]) -> None:
 
 
 def cost_table(rows: list[Row], cells: list[Cell], predictions: Predictions) -> str:
-    """Seconds per answer, and on a GPU the peak memory, by row and length. (Apart from results.json, which has no times.)"""
+    """Seconds per answer, the making of its prompt included, and on a GPU the peak memory, by row and length. (Apart from
+    results.json, which has no times.)"""
     lines = []
     for row, length in product(rows, dict.fromkeys(cell.length for cell in cells)):
         found = [one for cell in cells if cell.length == length for one in predictions.of(row, cell)]
