@@ -439,8 +439,9 @@ def evaluate(rows: list[Row], cells: list[Cell], open_model: Callable, predictio
     def model(seed: int, checkpoint: str) -> Transformer:
         if (seed, checkpoint) not in opened:
             opened.clear()  # before the next is loaded: there may be room for one alone
-            with tqdm.external_write_mode():  # what loading says goes above the bar
-                opened[seed, checkpoint] = open_model(seed, checkpoint)
+            if bar.n > begun:
+                bar.clear()  # what loading says gets a line of its own
+            opened[seed, checkpoint] = open_model(seed, checkpoint)
         return opened[seed, checkpoint]
 
     begun = sum(len(predictions.of(row, cell)) for row, cell in every)
