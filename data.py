@@ -21,6 +21,9 @@ Between the needles stands a filler that repeats three sentences, as RULER's "no
 same problem with more filler. That the filler is *predictable* matters when a prompt is written into the weights
 (Sec. 4.5): on random filler there would be nothing but noise to write.
 
+In this file, each readable without the others: tokenizers; the small tasks; examples and batches; the user's own data;
+questions at any length, RULER, BABILong (with the world that all bAbI stories come from); command lines.
+
 Reading list: RULER, Hsieh et al. 2024, arXiv 2404.06654; bAbI, Weston et al. 2015, arXiv 1502.05698; BABILong, Kuratov et
 al. 2024, arXiv 2406.10149; LongAlpaca, Chen et al. 2023, arXiv 2309.12307; byte pair encoding, Sennrich et al. 2015, arXiv
 1508.07909, and on bytes, the GPT-2 report (Radford et al. 2019, Sec. 2.2); tiktoken's README; Hugging Face's "Chat
@@ -36,6 +39,11 @@ Glossary
   -          | rank           | a token's place in the order of merges, tiktoken's own number of it; Tokenizer.ids[rank] = id
   -          | special        | a token of the chat template's markup, [MASK] or EOS: no text that is typed ever yields it
   -          | added          | an ordinary token of tokenizer.json beside the merges: matched in the text before them
+  -          | haystack       | the text that facts are hidden in: sentences of filler, lines of noise, an essay
+  -          | needle         | one such fact; its depth is 0 where the haystack begins and 1 where it ends
+  -          | Draft, size    | a benchmark's prompt before its haystack is measured out, in lines, words or different words
+  -          | prefix         | the first words of the answer, put into the model's mouth
+  -          | Story, Scene   | facts with a question, as they are told; the world behind them, as it is and as it is known
 """
 
 import argparse

@@ -13,6 +13,9 @@ Leak-free by construction: a memory is written from the prompt alone, by a funct
 An answer costs as many full forwards as its commit schedule has steps (128 for a needle, one a token), and one more pass or
 two where the prompt is written. Each is kept in OUT/predictions.jsonl as it is made; the same command goes on after a stop.
 
+In this file: scoring rules; asking, and what is kept of it; exposure bias; losses; tables; pictures; the command line. Read
+"asking" first; tables and pictures can wait.
+
 Reading list: RULER, arXiv 2404.06654; BABILong, arXiv 2406.10149; exposure bias, Ranzato et al. 2016, arXiv 1511.06732;
 Wilson's score interval, 1927.
 
@@ -147,7 +150,7 @@ def peak_memory(device: str) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-# ---- scoring rules of the published benchmarks: RULER's scores the small tasks, the others are for published outputs -------
+# ---- scoring rules of the published benchmarks -----------------------------------------------------------------------------
 
 
 def clean(prediction: str) -> str:
