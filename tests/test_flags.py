@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from running import PAIR, QUICK, StoppedError, interrupt_after, jsonl, only, rea
 from safetensors.torch import load_file
 
 import data
+import eval_niah
 import memdlm
 
 # ---- what each flag changes ----------------------------------------------------------------------------------------------
@@ -65,7 +67,8 @@ def effect_of(finished: Path, out: Path, flags: str) -> dict:
         pairs = [{"prompt": f"{i}{i}. Who? Answer:", "response": " Mary went home." * (1 + i % 3)} for i in range(10)]
         (out / "pairs.jsonl").write_text(jsonl(*pairs))
         arguments += ["--data", str(out / "pairs.jsonl")]
-    result = memdlm.run_seed(memdlm.build_parser().parse_args(arguments), 0, "cpu")
+    with mock.patch.object(eval_niah, "score_cells", return_value=[]):  # scores of a run this small say nothing
+        result = memdlm.run_seed(memdlm.build_parser().parse_args(arguments), 0, "cpu")
     last = max(record["step"] for record in result["loss"])
     final = {m: only(result["loss"], method=m, step=last)[0]["train_without_memory"] for m in ("mdlm", "memdlm")}
     reading = [(r["static"], r["sequential"]) for r in only(result["exposure_bias"], method="memdlm_train_inference")]
