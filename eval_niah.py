@@ -1006,7 +1006,7 @@ def draw_curves(records: list[dict], key: str, path: Path) -> None:
         axis.set_xticks(range(len(ticks)), ticks)
     for axis in axes.flat[len(tasks) :]:
         axis.set_visible(False)
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
     save_picture(figure, path)
 
 

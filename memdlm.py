@@ -992,6 +992,7 @@ def backbone_flags(flag: Callable) -> None:
 
 
 def plain_flag(flag: Callable) -> None:
+    """For training and sampling; eval_niah.py does without the template unless asked (--chat), as the published evaluation."""
     flag("--plain", action="store_true", help="prompts as they are, without the chat template")
 
 
