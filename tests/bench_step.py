@@ -3,16 +3,13 @@ bench_step.py: what a MemDLM step costs beside an MDLM step, and beside the naiv
 
     python tests/bench_step.py [--repeats N] [--batch B] [--threads N]
 
-A step here is forward and backward of the loss on real fine-tuning data, all weights training, without the optimizer. The
-counts behind the bound, in units of one forward through all layers (a backward costs two), s = adapted share of layers:
+A step here is forward and backward of the loss on fine-tuning data, all weights training, without
+the optimizer. In units of one forward through all layers MDLM costs 3, and MemDLM 4 + 3s, where s
+is the share of layers that is adapted; the header of memdlm.py counts them. Naive is three full
+forwards with the head at every position, its inner backwards left to autograd.
 
-    MDLM                 1 + 2                                                            = 3
-    MemDLM, stage 1      1 + s      x_tpre: forward; backward through the suffix to the fast weights alone, one unit
-    MemDLM, stage 2      1 + s      the anchor: likewise
-    MemDLM, outer step   s + 2      the anchor's prefix is there already                  sum = 4 + 3s
-
-Naive is three full forwards with the head at every position, its inner backwards left to autograd. The sides take turns
-within one run, and the ratio is the median over the turns, so that a busy machine slows both alike. Times are CPU time.
+The three take turns within one run, and a ratio is the median over the turns, so that a busy
+machine slows all alike. Times are CPU time.
 """
 
 import argparse
@@ -27,94 +24,95 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
-from memdlm import (
-    Memory,
-    chain,
-    corrupt,
-    draw_anchor,
-    draw_pre_anchor,
-    first_adapted_layer,
-    generator_for,
-    init_fast,
-    mdlm_loss,
-    memdlm_loss,
-    sgd,
-)
-from model import Config, Fast, Transformer, init_weights
+import memdlm
+from memdlm import Memory
+from model import Config, Transformer, init_weights
 
 
-def naive_loss(model, batch, anchor, pre_masked, fast, memory):
-    """memdlm_loss as one would first write it: every state through the whole model, every logit computed."""
-
-    def token_nll(masked, phi):
-        logits = model(corrupt(batch.x0, masked, data.MASK), batch.attention_mask, phi)  # (B, T, V)
-        return F.cross_entropy(logits.transpose(1, 2), batch.x0, reduction="none") * masked  # (B, T)
-
-    maskable = batch.maskable.sum(1)
-    for masked in (pre_masked, anchor.masked):
-        leaves = [p.detach().requires_grad_() for pair in fast.weights.values() for p in pair]
-        fast = Fast(dict(zip(fast.weights, zip(leaves[::2], leaves[1::2]))), fast.scale)
-        count = masked.sum(1)
-        loss = token_nll(masked, fast).sum(1) / (count / maskable + 1e-6) / count.clamp(min=1)  # (B,): one set per sample
-        grads = torch.autograd.grad(loss.sum(), leaves)
-        leaves = [sgd(p, g, loss.detach(), memory) for p, g in zip(leaves, grads)]
-        fast = Fast(dict(zip(fast.weights, zip(leaves[::2], leaves[1::2]))), fast.scale)
-    return (token_nll(anchor.masked, fast).sum(1) / (anchor.t + 1e-6)).sum() / maskable.sum()
+def naive_nll(model, batch, masked, fast):
+    """-log p at the masked places (B, T), from every logit of the whole model."""
+    logits = model(memdlm.corrupt(batch.x0, masked, data.MASK), batch.attention_mask, fast)
+    return F.cross_entropy(logits.transpose(1, 2), batch.x0, reduction="none") * masked
 
 
-def measure(model: Transformer, memory: Memory, rows: int, repeats: int) -> dict[str, list[float]]:
-    """CPU milliseconds of each side, `repeats` times in turn, on fresh noise each time."""
-    examples = [e for task in data.TASKS for e in data.make_examples(task, rows // len(data.TASKS), 96, 0, 0.5)]
+def naive_loss(model, batch, anchor, stages, fast, memory):
+    """memdlm_loss as one would first write it, for one set of fast weights per sample."""
+    for stage in stages:
+        fast = fast.with_tensors([part.detach().requires_grad_() for part in fast.tensors()])
+        loss = naive_nll(model, batch, stage.masked, fast).sum(1) * stage.weight
+        loss = loss / stage.masked.sum(1).clamp(min=1)  # (B,)
+        grads = torch.autograd.grad(loss.sum(), fast.tensors())
+        pairs = zip(fast.tensors(), grads)
+        fast = fast.with_tensors([memdlm.sgd(p, grad, loss, memory) for p, grad in pairs])
+    by_row = naive_nll(model, batch, anchor.masked, fast).sum(1) / (anchor.t + 1e-6)
+    return by_row.sum() / batch.maskable.sum()
+
+
+def timed_step(model: Transformer, loss_of, *arguments) -> tuple[float, float]:
+    """CPU milliseconds of forward and backward, and the loss."""
+    model.zero_grad(set_to_none=True)
+    clock = time.process_time()
+    loss = loss_of(model, *arguments)
+    loss = loss[0] if isinstance(loss, tuple) else loss
+    loss.backward()
+    return 1000 * (time.process_time() - clock), loss.item()
+
+
+def measure(model: Transformer, memory: Memory, rows: int, repeats: int) -> dict:
+    """CPU milliseconds of each kind of step, `repeats` times in turn, each time on fresh noise."""
+    examples = []
+    for task in data.TASKS:
+        examples += data.make_examples(task, rows // len(data.TASKS), 96, 0, 0.5)
     batch, times = data.collate(examples), {"mdlm": [], "memdlm": [], "naive": []}
-    for repeat in range(-2, repeats):
-        generator = generator_for(0, "bench", repeat + 2)
-        anchor = draw_anchor(batch.maskable, generator)
-        pre_masked = draw_pre_anchor(anchor.masked, batch.maskable, memory.start_scale, generator)
-        fast, stages = init_fast(model, memory, rows, generator), chain([pre_masked, anchor.masked], batch.maskable)
-        sides = {
-            "mdlm": lambda: mdlm_loss(model, batch, anchor),  # noqa: B023
-            "memdlm": lambda: memdlm_loss(model, batch, anchor, stages, fast, memory)[0],  # noqa: B023
-            "naive": lambda: naive_loss(model, batch, anchor, pre_masked, fast, memory),  # noqa: B023
+    for repeat in range(repeats + 2):
+        generator = memdlm.generator_for(0, "bench", repeat)
+        anchor = memdlm.draw_anchor(batch.maskable, generator)
+        stages = memdlm.two_stages(anchor, batch.maskable, memory, generator)
+        fast = memdlm.init_fast(model, memory, rows, generator)
+        memory_arguments = (batch, anchor, stages, fast, memory)
+        steps = {
+            "mdlm": timed_step(model, memdlm.mdlm_loss, batch, anchor),
+            "memdlm": timed_step(model, memdlm.memdlm_loss, *memory_arguments),
+            "naive": timed_step(model, naive_loss, *memory_arguments),
         }
-        values = {}
-        for name, side in sides.items():
-            model.zero_grad(set_to_none=True)
-            clock = time.process_time()
-            loss = side()
-            loss.backward()
-            if repeat >= 0:  # the first two turns warm up
-                times[name].append(1000 * (time.process_time() - clock))
-            values[name] = loss.item()
-        assert abs(values["naive"] - values["memdlm"]) < 1e-4 * abs(values["memdlm"]), values
+        ours, naive = steps["memdlm"][1], steps["naive"][1]
+        assert abs(naive - ours) < 1e-4 * abs(ours), f"two losses: {ours} and naive {naive}"
+        for name, (milliseconds, _) in steps.items():
+            if repeat >= 2:  # the first two turns warm up
+                times[name].append(milliseconds)
     return times
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=50, help="how often each side is timed [50]")
-    parser.add_argument("--batch", type=int, default=16, help="examples per step, a multiple of 4 [16]")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=1,
-        help="threads of torch; waiting ones count as CPU time, so more than 1 wants an idle machine [1]",
+def print_row(layers: int, adapted: int, times: dict) -> None:
+    """A line of the table: medians of the times, and of the ratios within a turn."""
+    ours, naive = (
+        statistics.median(a / b for a, b in zip(times[name], times["mdlm"]))
+        for name in ("memdlm", "naive")
     )
+    bound = 1.25 * (4 + 3 * adapted / layers) / 3
+    cells = [f"{adapted}/{layers}", *(f"{statistics.median(ms):.1f}" for ms in times.values())]
+    cells += [f"{ours:.2f}", f"{bound:.2f}", "yes" if ours <= bound else "NO", f"{naive:.2f}"]
+    print("|", " | ".join(cells), "|")
+
+
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    flag = parser.add_argument
+    flag("--repeats", type=int, default=50, help="how often each kind is timed [50]")
+    flag("--batch", type=int, default=16, help="examples per step, a multiple of 4 [16]")
+    flag("--threads", type=int, default=1, help="of torch; waiting ones count as CPU time [1]")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = init_weights(Transformer(Config(data.VOCAB_SIZE, data.MASK)), torch.Generator().manual_seed(0)).train()
-    layers = model.config.layers
-    print(f"batch {args.batch} x 96, {layers} layers, float32, cpu, {args.threads} threads, torch {torch.__version__}")
-    print("| adapted share s | MDLM ms | MemDLM ms | naive ms | MemDLM / MDLM | bound 1.1 (4 + 3s) / 3 | met | naive / MDLM |")
-    print("|---|---|---|---|---|---|---|---|")
+    model = init_weights(Transformer(Config(data.VOCAB_SIZE, data.MASK)), torch.Generator())
+    layers, versions = model.config.layers, f"{args.threads} threads, torch {torch.__version__}"
+    print(f"batch {args.batch} x 96, {layers} layers, float32, cpu, {versions}")
+    print("| adapted share s | MDLM ms | MemDLM ms | naive ms | MemDLM / MDLM", end=" ")
+    print("| bound 1.25 (4 + 3s) / 3 | met | naive / MDLM |\n" + "|---" * 8 + "|")
     for fraction in (0.5, 0.1):
         memory = Memory(rank=8, alpha=16.0, lr=1.0, fraction=fraction, scope="sample")
-        adapted = layers - first_adapted_layer(layers, fraction)
-        times = measure(model, memory, args.batch, args.repeats)
-        plain, ours, naive = (statistics.median(values) for values in times.values())
-        ratio, other = (statistics.median(a / b for a, b in zip(times[name], times["mdlm"])) for name in ("memdlm", "naive"))
-        bound = 1.1 * (4 + 3 * adapted / layers) / 3
-        cells = [f"{adapted}/{layers}", *(f"{ms:.1f}" for ms in (plain, ours, naive)), f"{ratio:.2f}", f"{bound:.2f}"]
-        print("|", " | ".join([*cells, "yes" if ratio <= bound else "NO", f"{other:.2f}"]), "|")
+        times = measure(model.train(), memory, args.batch, args.repeats)
+        print_row(layers, layers - memory.first_layer(layers), times)
 
 
 if __name__ == "__main__":

@@ -1,237 +1,153 @@
-"""Runs small enough for a test: one is made once per session and read by most. The numbers of such a run mean nothing; that
-they are the same again, or differ where a flag says so, does. Loaded as a plugin by conftest.py."""
+"""
+running.py: runs small enough for a test. One is made in a session, and most tests read it. Its
+numbers mean nothing; that they are the same again, or differ where a flag says so, does.
+"""
 
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
-import torch
-from backbones import write_checkpoint
 from safetensors.torch import load_file
 
+import data
 import eval_niah
 import memdlm
 import sample
-from model import Transformer, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = "--pretrain-steps 6 --pretrain-batch 8 --steps 3 --examples 8 --batch 4 --length 64 --save-every 2".split()
-QUICK = ["--tiny", *SIZES, *"--samples 2 --lengths 64 --tasks mv".split()]
-FULL = ["--tiny", *SIZES, *"--samples 2 --lengths 64 96 --seeds 2".split()]
-METHODS = ["base", "mdlm", "memdlm_train", "memdlm_train_inference"]
+TINY = (
+    "--tiny --pretrain-steps 4 --pretrain-batch 4 --steps 3 --examples 4 --batch 2 --length 64 "
+    "--save-every 2 --device cpu"
+).split()
+ASKED = "--samples 2 --lengths 64 --tasks cwe --bias-steps 2 --write-passes 1".split()
+DRAWING = ("draw_scores", "draw_exposure", "draw_losses")
+NAMES = ("base", "mdlm", "memdlm")
 PROMPT = "river holds 47. Question: what does river hold? Answer:"
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums of floats depend on the number of threads; subprocesses below get one, too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def few_pictures(request, monkeypatch):
-    """Pictures take longer than all else in a run this small. They are drawn where a test asks for the fixture `pictures`."""
-    if "pictures" not in request.fixturenames:
-        monkeypatch.setattr(eval_niah, "draw_pictures", lambda results, out: None)
-
-
-@pytest.fixture
-def pictures():
-    """Nothing is kept from drawing."""
-
-
-def start(program: str, *arguments) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / program), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+# ---- running the programs ------------------------------------------------------------------------
 
 
 def train(*arguments) -> None:
-    memdlm.main([*map(str, arguments), "--device", "cpu"])
+    """The training of `memdlm.py --tiny` with TINY's settings; a later flag replaces an earlier.
+    Losses are measured on 4 examples: measuring 64 would be most of the work of so short a run."""
+    measure_losses = memdlm.measure_losses
+
+    def measure_four(model, train_set: list, held_out: list, *rest) -> dict:
+        parts = [train_set[0], held_out[0]]
+        few = [[data.Batch(part.x0[:4], part.maskable[:4], None)] for part in parts]
+        return measure_losses(model, *few, *rest)
+
+    with mock.patch.object(memdlm, "measure_losses", measure_four):
+        memdlm.run_tiny(memdlm.build_parser().parse_args([*TINY, *map(str, arguments)]))
 
 
-def tensors(folder: Path) -> dict:
-    return {path.name: load_file(path) for path in sorted(folder.glob("seed*/*.safetensors"))}
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    left, right = tensors(one), tensors(other)
-    assert len(left) == 3
-    assert {name: t.keys() for name, t in left.items()} == {name: t.keys() for name, t in right.items()}
-    return all(torch.equal(t, right[name][key]) for name, part in left.items() for key, t in part.items())
-
-
-def read(folder: Path) -> dict:
-    """results.json, strictly: NaN and Infinity are not JSON."""
-
-    def refuse(constant: str):
-        raise AssertionError(f"{folder}/results.json holds {constant}")
-
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"), parse_constant=refuse)
-
-
-def numbers(results: dict) -> dict:
-    """What must be the same again: everything but time and memory."""
-    return {key: value for key, value in results.items() if key not in ("seconds", "peak_memory_gib")}
-
-
-def contents(folder: Path) -> dict:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def only(records: list[dict], **where) -> list[dict]:
-    return [record for record in records if all(record[key] == value for key, value in where.items())]
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> Path:
-    """The one run that most tests read: the real command, two seeds, all tasks, two lengths. Nobody writes into it."""
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    process = start("memdlm.py", *FULL, "--out", out)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    (out / "printed.txt").write_text(output, encoding="utf-8")
-    return out
-
-
-@pytest.fixture(scope="session")
-def quick(tmp_path_factory, finished) -> Path:
-    """A run of one seed and one task on the finished run's base. Nobody writes into it."""
-    out = tmp_path_factory.mktemp("runs") / "quick"
-    train(*QUICK, "--out", out, "--bases", finished)
-    return out
-
-
-@pytest.fixture
-def copied(quick, tmp_path) -> Path:
-    """A finished run of this test's own."""
-    return Path(shutil.copytree(quick, tmp_path / "copied"))
-
-
-@pytest.fixture
-def refused(capsys):
-    """Runs a program that must refuse: exit code 2 and one line "error: ..." on stderr, which is returned."""
-
-    def run(main, *arguments) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        errors = capsys.readouterr().err
-        assert stop.value.code == 2
-        assert re.fullmatch(r"error: [^\n]+\n", errors), errors
-        return errors
-
-    return run
-
-
-class Counts:
-    """What a computation asked of its models: the layer that each reading started from, 0 for a whole forward pass, and at how
-    many positions each call of the head was made."""
-
-    def __init__(self):
-        self.reads: list[float] = []
-        self.heads: list[int] = []
-
-    def clear(self) -> None:
-        self.reads.clear()
-        self.heads.clear()
-
-
-@pytest.fixture
-def counted(monkeypatch) -> Counts:
-    counts, read, head = Counts(), Transformer.read, Transformer.head
-
-    def reading(self, h, start, *rest):
-        counts.reads.append(start)
-        return read(self, h, start, *rest)
-
-    def looking(self, h):
-        counts.heads.append(len(h))
-        return head(self, h)
-
-    monkeypatch.setattr(Transformer, "read", reading)
-    monkeypatch.setattr(Transformer, "head", looking)
-    return counts
-
-
-def jsonl(*records) -> str:
-    return "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records)
-
-
-PAIR = {"prompt": "Question: who? Answer:", "response": " Mary."}
-
-
-# ---- evaluations of a toy backbone -----------------------------------------------------------------------------------------
-
-ESSAY = "A fox went out on a long night, and prayed to the moon for light. Dr. Who saw it! The road was long, and he sang. " * 3
-
-
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory) -> Path:
-    """A folder with two toy backbones (toy, llada2), two fine-tunings of the first with strong adapters (mdlm, memdlm), pairs
-    (pairs.jsonl) and a text (essay.txt). Nobody writes into it."""
-    root = tmp_path_factory.mktemp("toy")
-    write_checkpoint(root / "toy", "llada")
-    write_checkpoint(root / "llada2", "llada2")
-    (root / "essay.txt").write_text(ESSAY)
-    (root / "pairs.jsonl").write_text(jsonl(*({"prompt": f"Who is {i}?", "response": " Mary" * (i + 1)} for i in range(5))))
-    for method in ("mdlm", "memdlm"):
-        flags = f"--steps 1 --lr 0.1 --lora-rank 4 --device cpu --method {method}".split()
-        memdlm.main(["--backbone", str(root / "toy"), "--data", str(root / "pairs.jsonl"), "--out", str(root / method), *flags])
-    return root
-
-
-def toy_command(toy: Path, out: Path, flags: str, backbone: str = "toy") -> list[str]:
-    """{} in the flags is the toys' folder."""
-    return ["--backbone", f"{toy / backbone}", "--out", f"{out}", "--device", "cpu", *flags.replace("{}", str(toy)).split()]
-
-
-@pytest.fixture
-def ask_toy(toy, tmp_path):
-    """Runs an evaluation of the toy into a folder of the test's own, and returns that folder."""
-
-    def run(flags: str, out: str = "eval", backbone: str = "toy") -> Path:
-        eval_niah.main(toy_command(toy, tmp_path / out, flags, backbone))
-        return tmp_path / out
-
-    return run
-
-
-def lines_of(out: Path) -> list[dict]:
-    """What predictions.jsonl says, but for the time that it took."""
-    lines = map(json.loads, (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines())
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-# ---- stopped, and asked ----------------------------------------------------------------------------------------------------
-
-
-class StoppedError(Exception):
-    """Stands for the power cut."""
-
-
-def interrupt_after(monkeypatch, saves: int) -> None:
-    """Lets the program write this many checkpoints and stops it in place of the next."""
-    left = [saves]
-
-    def save(path, tensors, meta):
-        if not left[0]:
-            raise StoppedError
-        left[0] -= 1
-        save_checkpoint(path, tensors, meta)
-
-    monkeypatch.setattr(memdlm, "save_checkpoint", save)
+def evaluate(run: Path, out: Path, *arguments, pictures: bool = False) -> dict:
+    """eval_niah.py on a run: its results. Drawing takes longer than all the rest together."""
+    drawing = {name: getattr(eval_niah, name) if pictures else mock.Mock() for name in DRAWING}
+    with mock.patch.multiple(eval_niah, **drawing):
+        eval_niah.run(["--run", str(run), "--out", str(out), *ASKED, *map(str, arguments)])
+    return results(out)
 
 
 def say(capsys, run: Path, *arguments) -> list[str]:
+    """What sample.py prints, line by line; the last line is the answer."""
     capsys.readouterr()
-    sample.main(["--run", str(run), "--prompt", PROMPT, *map(str, arguments), "--device", "cpu"])
-    return capsys.readouterr().out.rstrip("\n").split("\n")
+    sample.run(["--run", str(run), "--prompt", PROMPT, "--device", "cpu", *map(str, arguments)])
+    return capsys.readouterr().out.removesuffix("\n").split("\n")
+
+
+def refusal(capsys, main, *arguments) -> str:
+    """The one line on stderr of a program that must refuse before it trains, with exit code 2."""
+    trained = mock.Mock(side_effect=AssertionError("it went on to train, and should have refused"))
+    capsys.readouterr()
+    with mock.patch.object(memdlm, "train_step", trained), pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2, f"exit code {stop.value.code} instead of 2"
+    assert re.fullmatch(r"error: [^\n]+\n", said), f"not one line, but: {said}"
+    return said
+
+
+def recorded(function, calls: list):
+    """The same function, which also appends what it returns to `calls`."""
+
+    def call(*arguments, **options):
+        calls.append(function(*arguments, **options))
+        return calls[-1]
+
+    return call
+
+
+def start(*arguments) -> subprocess.Popen:
+    """Python in a process of its own, without a GPU."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
+
+
+def train_until(step: int, *arguments) -> None:
+    """Trains, and is interrupted when so many steps are taken and the next is not saved yet."""
+    taken, train_step = [], memdlm.train_step
+
+    def interrupted(*arguments):
+        taken.append(train_step(*arguments))
+        if len(taken) > step:
+            raise KeyboardInterrupt
+        return taken[-1]
+
+    with mock.patch.object(memdlm, "train_step", interrupted), pytest.raises(KeyboardInterrupt):
+        train(*arguments)
+
+
+# ---- what there is to run and to read ------------------------------------------------------------
+
+FOLDER = tempfile.TemporaryDirectory(prefix="memdlm-tests-")  # deleted when the session ends
+
+
+@functools.cache
+def finished() -> Path:
+    """The run that most tests read: two seeds, evaluated, with pictures. Nobody writes to it."""
+    out = Path(FOLDER.name) / "finished"
+    train("--seeds", 2, "--out", out)
+    evaluate(out, out, pictures=True)
+    return out
+
+
+def copy_of_finished(tmp_path: Path) -> Path:
+    """The finished run in a folder of the test's own."""
+    return Path(shutil.copytree(finished(), tmp_path / "copied"))
+
+
+def results(run: Path) -> dict:
+    """results.json, read strictly: NaN and Infinity are not JSON."""
+    return json.loads((run / "results.json").read_text(), parse_constant=pytest.fail)
+
+
+def weights(run: Path, seed: int = 0) -> dict:
+    """The tensors of a seed's checkpoints: {"base": {"model.embedding.weight": ...}, ...}."""
+    return {name: load_file(run / f"seed{seed}" / f"{name}.safetensors") for name in NAMES}
+
+
+def differing(one: dict, other: dict) -> set[str]:
+    """The checkpoints in which two results of `weights` do not have equal bits."""
+    found = set()
+    for name, tensors in one.items():
+        assert tensors.keys() == other[name].keys()
+        if any(not tensor.equal(other[name][key]) for key, tensor in tensors.items()):
+            found.add(name)
+    return found
+
+
+def stamps(folder: Path) -> dict:
+    """What tells whether anything in a folder has been touched: each file's time and size."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}

@@ -1,17 +1,19 @@
 """
-slow.py: what several test files share. The method the slow way: full forwards on explicit matrices W + scale * B A, every logit
-computed, one set of fast weights; what memdlm.py does faster must equal this to 1e-9. And a generation that is looked at
-pass by pass.
+slow.py: MemDLM as one would first write it. Every state goes through the whole model, every logit
+is computed, and the memory is what it is defined to be: fast weights added to the matrices,
+W + alpha/r B A. What memdlm.py does faster must equal this to 1e-9.
+
+All of it is for one set of fast weights: {"layers.3.mlp.gate": (A (r, in), B (out, r)), ...}.
 """
 
 import torch
 from torch.func import functional_call
 
 import data
+import memdlm
 from data import Batch
-from memdlm import Anchor, Memory, State, chain, make_states
+from memdlm import Anchor, Memory, Stage
 from model import Fast, Transformer
-from sample import generate
 
 TIGHT = {"rtol": 0.0, "atol": 1e-9}
 
@@ -20,86 +22,142 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def slow_nll(model, weights: dict, batch: Batch, masked: torch.Tensor) -> torch.Tensor:
-    """-log p(x0) at every position (B, T), zero where not masked, from logits of the whole sequence."""
-    ids = batch.x0.clone()
-    ids[masked] = data.MASK
-    logits = functional_call(model, weights, (ids, batch.attention_mask))
-    return -logits.log_softmax(-1).gather(2, batch.x0[..., None])[..., 0] * masked
+def prompts_of(rows: int, length: int, seed: int = 3) -> torch.Tensor:
+    """Random ids (rows, length), without EOS and [MASK]."""
+    return torch.randint(0, data.EOS, (rows, length), generator=seeded(seed))
 
 
-def slow_matrices(model, fast: dict, scale: float) -> dict:
-    return {f"{name}.weight": model.get_parameter(f"{name}.weight") + scale * B @ A for name, (A, B) in fast.items()}
+# ---- pieces, and comparisons ---------------------------------------------------------------------
 
 
-def slow_inner_loop(model, batch, masks, fast: Fast, memory: Memory, weighted=True, create_graph=False) -> dict:
-    """SGD on one shared set: {name: (A, B)}. With create_graph, a graph through all steps: the second-order memory."""
-    weights = {name: (A[0], B[0]) for name, (A, B) in fast.weights.items()}
-    for masked in masks:
-        leaves = [p if create_graph and p.requires_grad else p.detach().requires_grad_() for ab in weights.values() for p in ab]
-        weights = dict(zip(weights, zip(leaves[::2], leaves[1::2])))
-        nll = slow_nll(model, slow_matrices(model, weights, fast.scale), batch, masked)
-        t = masked.sum(1) / batch.maskable.sum(1)  # in float32, as the method has it: noise levels are not exact numbers
-        w = 1 / (t + 1e-6) if weighted else torch.ones(len(masked))
-        loss = (w.double()[:, None] * nll).sum() / masked.sum()
-        moved = []
-        for p, g in zip(leaves, torch.autograd.grad(loss, leaves, create_graph=create_graph)):
-            norm = g.norm().item()
-            moved.append(p - memory.lr * g * (memory.clip / norm if 0 < memory.clip < norm else 1.0))
-        weights = dict(zip(weights, zip(moved[::2], moved[1::2])))
-    return weights
+def some_rows(rows: slice, batch: Batch, anchor: Anchor, stages: list[Stage]) -> tuple:
+    """A part of a batch without padding, of its anchor and of its stages."""
+    part = []
+    for stage in stages:
+        following = None if stage.following is None else stage.following[rows]
+        part.append(Stage(stage.masked[rows], stage.scored[rows], stage.weight[rows], following))
+    batch = Batch(batch.x0[rows], batch.maskable[rows], None)
+    return batch, Anchor(anchor.t[rows], anchor.masked[rows]), part
 
 
-def slow_outer_loss(model, batch, anchor: Anchor, weights: dict) -> torch.Tensor:
-    w = (1 / (anchor.t + 1e-6)).double()  # t and w are float32 numbers
-    return (w[:, None] * slow_nll(model, weights, batch, anchor.masked)).sum() / batch.maskable.sum()
+def one_set(fast: Fast, i: int = 0) -> dict:
+    """Set i of the fast weights."""
+    return {name: (A[i], B[i]) for name, (A, B) in fast.weights.items()}
 
 
-def one_row(batch: Batch, i: int) -> Batch:
-    hidden = None if batch.attention_mask is None else batch.attention_mask[i : i + 1]
-    return Batch(batch.x0[i : i + 1], batch.maskable[i : i + 1], hidden)
+def assert_set_equals(got: Fast, expected: dict, index: int = 0) -> None:
+    """Set `index` of fast weights against one set."""
+    for name, pair in expected.items():
+        for letter, ours, slow in zip("AB", got.weights[name], pair):
+            note = f"{letter} of {name}, set {index}, differs"
+            torch.testing.assert_close(ours[index], slow, **TIGHT, msg=note)
 
 
-def one_set(fast: Fast, i: int) -> Fast:
-    return Fast({name: (A[i : i + 1], B[i : i + 1]) for name, (A, B) in fast.weights.items()}, fast.scale)
-
-
-def states_of(model, batch: Batch, masks: list, memory: Memory) -> list[State]:
-    """The inner loop's states for masks that follow each other, the last one followed by none."""
-    return make_states(model, batch, chain(masks, batch.maskable), memory)
-
-
-def assert_fast_equal(got: Fast, expected: dict, index: int = 0, note: str = "") -> None:
-    for name, (A, B) in expected.items():
-        torch.testing.assert_close(got.weights[name][0][index], A, **TIGHT, msg=f"{note} {name}.A")
-        torch.testing.assert_close(got.weights[name][1][index], B, **TIGHT, msg=f"{note} {name}.B")
-
-
-def gradients(model, loss: torch.Tensor) -> dict:
+def gradients(model: Transformer, loss: torch.Tensor) -> dict:
+    """The gradient of a loss for each parameter of the model."""
     names, parameters = zip(*model.named_parameters())
     return dict(zip(names, torch.autograd.grad(loss, parameters)))
 
 
-# ---- generation, looked at ---------------------------------------------------------------------------------------------------
+def assert_gradients_equal(model, loss: torch.Tensor, expected: torch.Tensor) -> None:
+    """Two losses are equal, and so are their gradients for every parameter."""
+    torch.testing.assert_close(loss, expected, **TIGHT)
+    ours, theirs = gradients(model, loss), gradients(model, expected)
+    for name in theirs:
+        note = f"the gradient of {name} differs"
+        torch.testing.assert_close(ours[name], theirs[name], **TIGHT, msg=note)
 
 
-def prompts_of(rows: int, length: int, seed: int = 3) -> torch.Tensor:
-    return torch.randint(0, data.EOS, (rows, length), generator=seeded(seed))
+# ---- the method ----------------------------------------------------------------------------------
 
 
-def record(model, prompts, length, **options) -> tuple[list[torch.Tensor], int]:
-    """The canvas before the first and after every pass, and how many forward passes the model really made."""
-    canvases, passes = [], []
-    hook = model.layers[0].attention.register_forward_hook(lambda *_: passes.append(1))
-    response = generate(model, prompts, length, watch=lambda canvas: canvases.append(canvas.clone()), **options)
+def merge(model: Transformer, weights: dict, scale: float) -> dict:
+    """The matrices with the memory in them: {"layers.3.mlp.gate.weight": W + scale * B A, ...}."""
+    merged = {}
+    for name, (A, B) in weights.items():
+        merged[f"{name}.weight"] = model.get_parameter(f"{name}.weight") + scale * B @ A
+    return merged
+
+
+def outputs(model, matrices: dict, batch: Batch, masked: torch.Tensor | None) -> tuple:
+    """The final norm's output (B, T, D) and log p (B, T, V) for x_0 masked by `masked`, or for the
+    clean x_0. matrices: what takes the place of some of the model's."""
+    ids, caught = batch.x0.clone(), []
+    if masked is not None:
+        ids[masked] = data.MASK
+    hook = model.norm.register_forward_hook(lambda module, inputs, output: caught.append(output))
+    logits = functional_call(model, matrices, (ids, batch.attention_mask))
     hook.remove()
-    end = prompts.shape[1] + length  # LLaDA2 decodes the last block to its end
-    assert torch.equal(canvases[-1][:, prompts.shape[1] : end], response)
-    return canvases, len(passes)
+    return caught[0], logits.log_softmax(-1)
 
 
-def sharpened(model: Transformer) -> Transformer:
-    """A model that is sure of itself: with random weights every probability would be near 1 / vocabulary."""
-    with torch.no_grad():
-        model.output.weight.mul_(3.0)
-    return model
+def nll(model, matrices: dict, batch: Batch, masked: torch.Tensor) -> torch.Tensor:
+    """-log p(x_0) at the masked places, zero elsewhere: (B, T)."""
+    _, logp = outputs(model, matrices, batch, masked)
+    return -logp.gather(2, batch.x0[..., None])[..., 0] * masked
+
+
+def token_loss(name: str, student: tuple, teacher: tuple, target: torch.Tensor) -> torch.Tensor:
+    """An inner loss (Fig. 6) at M places, by its definition. A side is (hidden states, log p)."""
+    (h, logp), (teacher_h, teacher_logp) = student, teacher
+    if name == "ce":
+        return -logp.gather(1, target[:, None])[:, 0]
+    if name == "kl":
+        return (teacher_logp.exp() * (teacher_logp - logp)).sum(1)
+    if name == "reverse_kl":
+        return (logp.exp() * (logp - teacher_logp)).sum(1)
+    if name == "hidden_mse":
+        return ((h - teacher_h) ** 2).mean(1)
+    length, teacher_length = (h * h).sum(1).sqrt(), (teacher_h * teacher_h).sum(1).sqrt()
+    return 1 - (h * teacher_h).sum(1) / (length * teacher_length)
+
+
+def stage_sums(model, matrices: dict, batch, stage: Stage, loss="ce", teacher_learns=False):
+    """Each row's sum of weighted losses, (B,). The teacher sees the next state, or after the last
+    one the clean tokens; it is a constant."""
+    student, sums = outputs(model, matrices, batch, stage.masked), []
+    teacher = student if loss == "ce" else outputs(model, matrices, batch, stage.following)
+    if not teacher_learns:
+        teacher = [part.detach() for part in teacher]
+    for row, places in enumerate(stage.scored):
+        sides = [[part[row, places] for part in side] for side in (student, teacher)]
+        losses = token_loss(loss, *sides, batch.x0[row, places])
+        sums.append(stage.weight[row] * losses.sum())
+    return torch.stack(sums)
+
+
+def clipped(grad: torch.Tensor, limit: float) -> torch.Tensor:
+    """The gradient of one tensor, no longer than `limit`; 0 means no limit."""
+    norm = grad.norm().item()
+    return grad * (limit / norm) if 0 < limit < norm else grad
+
+
+def inner_loop(model, batch, stages, fast: Fast, memory: Memory, second_order=False, **options):
+    """Eqs. 6-8 for set 0 of `fast`: its fast weights after all stages. With second_order they are
+    functions of the model's weights, through every step."""
+    names, phi = list(fast.weights), [part[0].detach() for part in fast.tensors()]
+    for stage in stages * memory.epochs:
+        leaves = [part if part.requires_grad else part.requires_grad_() for part in phi]
+        matrices = merge(model, dict(zip(names, zip(leaves[::2], leaves[1::2]))), fast.scale)
+        sums = stage_sums(model, matrices, batch, stage, memory.loss, **options)
+        loss = sums.sum() / stage.scored.sum()
+        grads = torch.autograd.grad(loss, leaves, create_graph=second_order)
+        phi = [p - memory.lr * clipped(grad, memory.clip) for p, grad in zip(leaves, grads)]
+        if not second_order:
+            phi = [part.detach() for part in phi]
+    return dict(zip(names, zip(phi[::2], phi[1::2])))
+
+
+def outer_loss(model, batch: Batch, anchor: Anchor, matrices: dict) -> torch.Tensor:
+    """Eq. 2, and with the memory in the matrices Eq. 9."""
+    by_row = nll(model, matrices, batch, anchor.masked).sum(1)
+    return (by_row * (1 / (anchor.t + 1e-6))).sum() / batch.maskable.sum()
+
+
+# ---- the same by memdlm.py -----------------------------------------------------------------------
+
+
+def fast_loop(model, batch, stages, fast: Fast, memory: Memory) -> tuple[Fast, torch.Tensor]:
+    """Its inner loop on states whose prefixes are yet to be computed: phi_K, and the losses."""
+    ready = memdlm.with_prefixes(model, batch, stages, memory)
+    return memdlm.inner_loop(model, batch, ready, fast, memory)

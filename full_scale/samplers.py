@@ -1,0 +1,155 @@
+"""
+samplers.py: `sample.py --backbone`, and the two ways of decoding that real checkpoints have besides
+LLaDA's own, which is `plan_blocks` and `generate` of sample.py.
+
+dLLM's MDLMSampler, with which the paper's scores were made, shares the tokens between the steps
+in another way. LLaDA2 decodes on a grid of blocks and under block-causal attention: a block sees
+itself and what stands before it, so that nothing behind it has to be computed.
+
+Reading list: LLaDA, arXiv 2502.09992, Sec. 2.4; github.com/ZHZisZZ/dllm; LLaDA2.0, 2512.15745.
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import Parser, pick_device, whole
+from full_scale.backbone import (
+    add_adapter,
+    architecture_of,
+    backbone_flags,
+    backbone_tokenizer,
+    load_backbone,
+    trained_with,
+)
+from memdlm import memory_of
+from model import UserError
+from sample import (
+    Block,
+    Write,
+    answer_flags,
+    answer_prompt,
+    commit_schedule,
+    decoding_flags,
+    generate,
+    plan_blocks,
+)
+
+# ---- dLLM's schedule -------------------------------------------------------------------------
+
+
+def rounded_schedule(tokens: int, steps: int) -> list[int]:
+    """Tokens to commit at each step as dLLM has them: what is left / steps left, rounded half to
+    even. Steps without a token are dropped: 10 tokens in 4 steps -> [2, 3, 2, 3].
+
+    dLLM computes that quotient as 1 - (1 - t') / (1 - t) in float32, where t and t' are the shares
+    of steps done before and after. One in five schedules has a half that this tips over.
+    """
+    one, left, quotas = np.float32(1), tokens, []
+    for steps_left in range(steps, 0, -1):
+        before = one - np.float32(steps_left / steps)
+        after = one - np.float32((steps_left - 1) / steps)
+        share = one - (one - after) / (one - before)
+        quota = int(np.round(np.float32(left) * share))
+        left -= quota
+        if quota:
+            quotas.append(quota)
+    return quotas
+
+
+def dllm_blocks(length: int, steps=None, block_length=None) -> list[Block]:
+    """The counterpart of `plan_blocks`: each block gets ceil(steps / blocks) steps."""
+    size = min(block_length or length, length)
+    starts = range(0, length, size)
+    if steps is not None and steps > length:
+        raise UserError(f"--steps for {length} tokens must be at most {length}.")
+    share, blocks = -(-(steps or length) // len(starts)), []
+    for start in starts:
+        stop = min(start + size, length)
+        blocks.append(Block(start, stop, rounded_schedule(stop - start, share)))
+    return blocks
+
+
+SCHEDULES = {"llada": plan_blocks, "dllm": dllm_blocks}
+
+# ---- LLaDA2's block sampler ------------------------------------------------------------------
+
+
+def block_causal_mask(length: int, block: int, device: torch.device) -> Tensor:
+    """(1, 1, T, T) bool: a position sees its own block and the earlier ones."""
+    number = torch.arange(length, device=device) // block
+    return (number[:, None] >= number)[None, None]
+
+
+def generate_llada2(
+    model, prompts: Tensor, length: int, steps=None, block_length=None, threshold=None, **options
+) -> Tensor:
+    """prompts (B, P) -> answers (B, length), as LLaDA2 is evaluated.
+
+    Blocks lie on a grid that starts with the prompt, and the last one is decoded to its end, past
+    the answer's. steps: those of *each* block. Where nothing is said, 32 steps, blocks of 32 tokens
+    and a threshold of 0.95, as published. options: the others of `generate`.
+    """
+    if options.get("cfg_scale"):
+        raise UserError("--cfg-scale is not for LLaDA2, whose block sampler has no guidance.")
+    size = block_length or 32
+    quotas = commit_schedule(size, min(steps or 32, size, length))
+    options["threshold"] = 0.95 if threshold is None else threshold
+    width, canvas = prompts.shape[1], prompts
+    for start in range(width // size * size, width + length, size):
+        seen = start + size
+        mask = block_causal_mask(seen, size, prompts.device)
+        block = Block(0, seen - canvas.shape[1], quotas)  # the first may begin inside the prompt
+        filled = generate(model, canvas, [block], attention_mask=mask, **options)
+        canvas = torch.cat([canvas, filled], dim=1)
+    return canvas[:, width : width + length]
+
+
+# ---- command line ----------------------------------------------------------------------------
+
+
+def schedule_flag(flag: Callable) -> None:
+    """How the steps share the tokens where they do not divide them."""
+    flag("--schedule", choices=SCHEDULES, help="whose rounding of steps; without it, llada's")
+
+
+def sampler_for(args: Namespace, architecture: str, length: int) -> Callable[..., Tensor]:
+    """answer(model, prompts (B, P), **options of `generate`) -> (B, length), as the flags
+    --steps, --block-length and --schedule say. Faults in them show at once."""
+    if architecture == "llada2":
+        if args.schedule:
+            raise UserError("--schedule is not for LLaDA2, which has a block sampler of its own.")
+        steps, size = args.steps, args.block_length or 32
+        if (steps or 1) > size:
+            raise UserError(f"--steps counts the passes of a block of {size} here: lower it.")
+        return partial(generate_llada2, length=length, steps=steps, block_length=size)
+    plan = SCHEDULES[args.schedule or "llada"]
+    return partial(generate, blocks=plan(length, args.steps, args.block_length))
+
+
+def run(arguments: list[str]) -> None:
+    """`sample.py --backbone`."""
+    parser = Parser("Answers a prompt with a real backbone.")
+    flag = parser.add_argument
+    backbone_flags(flag)
+    flag("--adapter", help="outer LoRA in PEFT's format: DIR/adapter of a fine-tuning")
+    flag("--plain", action="store_true", help="the prompt as it is, without the chat template")
+    flag("--seed", type=whole(0), default=0, help="of all random draws")
+    answer_flags(flag)
+    decoding_flags(flag)
+    schedule_flag(flag)
+    args = parser.parse_args(arguments)
+    device, tokenizer = pick_device(args.device), backbone_tokenizer(args, args.plain)
+    answer = sampler_for(args, architecture_of(args), args.length)
+    write = Write(memory=memory_of(trained_with(args.adapter)))
+    with redirect_stdout(sys.stderr) if args.quiet else nullcontext():
+        model = add_adapter(load_backbone(args, tokenizer, device), args.adapter)
+        if args.memory:
+            print(f"the prompt is written with {write.memory}")
+    answer_prompt(args, model, tokenizer, write if args.memory else None, args.seed, answer)

@@ -1,0 +1,115 @@
+"""
+scoring.py: how answers are scored: the published rules of RULER and BABILong, and the likelihood.
+
+  metric   | whose rule                           | the score of an answer
+  ruler    | RULER's, and lm-evaluation-harness's | the share of references it contains
+  babilong | BABILong's own                       | 1 if its first statement names just the target
+  harness  | the harness's (and paper's) BABILong | 1 if the target is anywhere in it
+
+RULER: arXiv 2404.06654; BABILong: arXiv 2406.10149; the likelihood is LLaDA's, arXiv 2502.09992.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eval_niah import string_match_all
+from full_scale.babilong import OBJECTS, PEOPLE, PLACES
+from full_scale.prompts import Question
+from memdlm import corrupt
+from model import Transformer
+from sample import guided_logits
+
+# task -> all of its possible answers
+BABILONG_LABELS = {task: PLACES for task in ("qa1", "qa2", "qa3", "qa4")}
+BABILONG_LABELS["qa5"] = sorted(PEOPLE["qa5"]) + OBJECTS
+
+
+def clean(prediction: str) -> str:
+    """RULER's clean-up: control characters become line ends; white space around it all goes."""
+    return re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip()
+
+
+def string_match_part(references: Sequence[str], prediction: str) -> float:
+    """RULER's rule for question answering: 1 if any of the references is found."""
+    prediction = clean(prediction).lower()
+    return float(any(reference.lower() in prediction for reference in references))
+
+
+def first_statement(output: str) -> str:
+    """BABILong's clean-up: lower case, up to the first full stop or the next piece of a prompt."""
+    statement = output.lower().split(".")[0]
+    return statement.split("<context>")[0].split("<example>")[0]
+
+
+def babilong_correct(task: str, question: str, target: str, output: str) -> bool:
+    """BABILong's own rule for a task "qa1" to "qa5": the first statement names just the target.
+
+    Labels that the question names are set aside. A target may be a list: "apple,milk".
+    """
+    labels = [label.lower() for label in BABILONG_LABELS[task]]
+    named = {label for label in labels if label in first_statement(output)}
+    asked = {label for label in labels if label in question.lower()}
+    targets = [target.lower()]
+    if "," in target and len(target) > 3:
+        targets = [part.strip() for part in target.lower().split(",")]
+    return named - asked == set(targets)
+
+
+def babilong_contains(target: str, output: str) -> bool:
+    """BABILong's older rule: the target is somewhere in the first statement."""
+    return target.lower() in first_statement(output)
+
+
+def babilong_accuracy(target: str, output: str) -> float:
+    """The harness's rule, which the paper reports: the target is somewhere in the output."""
+    return float(target.lower() in clean(output).lower())
+
+
+def ruler_metric(question: Question, prediction: str) -> float:
+    return string_match_all(question.references, clean(prediction))
+
+
+def babilong_metric(question: Question, prediction: str) -> float:
+    task = question.task.removeprefix("babilong_")
+    return float(babilong_correct(task, question.asked, question.references[0], prediction))
+
+
+def harness_metric(question: Question, prediction: str) -> float:
+    return babilong_accuracy(question.references[0], prediction)
+
+
+# name in results.json -> (question, prediction) -> score from 0 to 1
+METRICS: dict[str, Callable[[Question, str], float]] = {
+    "ruler": ruler_metric,
+    "babilong": babilong_metric,
+    "harness": harness_metric,
+}
+
+
+def metrics_of(task: str, protocol: str = "original") -> list[str]:
+    """The names of a task's metrics. The first is the score, by the rule of the protocol."""
+    if not task.startswith("babilong"):
+        return ["ruler"]  # NVIDIA's rule and the harness's are the same
+    return ["babilong", "harness"] if protocol == "original" else ["harness", "babilong"]
+
+
+@torch.no_grad()
+def log_likelihood(
+    model: Transformer, x0: Tensor, prompt: int, masked: Tensor, share: Tensor, cfg_scale=0.0
+) -> Tensor:
+    """Estimates of log p(answer | prompt), one for each of n masks; LLaDA takes their mean.
+
+    x0 (T,): `prompt` tokens, then the answer. masked (n, T) bool: what each mask hides of the
+    answer; share (n,): how much of it. Returns minus the sum of the hidden tokens' losses / share.
+    """
+    x0 = x0.expand_as(masked)
+    canvas = corrupt(x0, masked, model.config.mask_id)
+    given = (torch.arange(x0.shape[1], device=x0.device) < prompt).expand_as(masked)
+    logits = guided_logits(model, canvas, given, None, cfg_scale, None, masked)  # (M, V)
+    nll = F.cross_entropy(logits, x0[masked], reduction="none")  # (M,)
+    rows = masked.nonzero()[:, 0]  # (M,) the mask that each hidden token belongs to
+    return -nll.new_zeros(len(masked)).index_add(0, rows, nll) / share

@@ -1,0 +1,360 @@
+"""The tokenizers of published backbones, against the `tokenizers` library, and chat templates."""
+
+import itertools
+import json
+import random
+import re
+import time
+from pathlib import Path
+
+import jinja2
+import pytest
+import tokenizers
+from tokenizers import pre_tokenizers
+
+from full_scale.tokenizer import Tokenizer, load_tokenizer
+from model import UserError
+
+CHECKPOINT = Path(__file__).parents[1] / "golden" / "checkpoint"
+TOY = load_tokenizer(CHECKPOINT)
+SPEC = json.loads((CHECKPOINT / "tokenizer.json").read_text())
+CONFIG = json.loads((CHECKPOINT / "tokenizer_config.json").read_text())
+LING_REGEX = SPEC["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+GPT2 = BYTES | {"use_regex": True}
+POSSESSIVE = r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++|\s*[\r\n]|\s+(?!\S)|\s+"
+
+
+def split(regex: str, behavior: str = "Isolated") -> dict:
+    """The pre-tokenizer of LLaDA's kin: a regex, then bytes."""
+    cut = {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": False}
+    return {"type": "Sequence", "pretokenizers": [cut, BYTES]}
+
+
+BOS = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}]}
+NO_BOS = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
+PRE_TOKENIZERS = {
+    "Ling": split(LING_REGEX),
+    "possessive": split(POSSESSIVE),
+    "words only": split(r"\p{L}+|\d{1,3}"),  # signs and blanks lie between two matches
+    "GPT-2": GPT2,
+    "whole text": BYTES,
+}
+
+
+def loaded(folder: Path, spec: dict = SPEC, plain: bool = False, **config) -> Tokenizer:
+    """Both files written to a folder and read from there."""
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "tokenizer_config.json").write_text(json.dumps(CONFIG | config))
+    return load_tokenizer(folder, plain)
+
+
+def added(first_id: int, *contents: str, **changes) -> list[dict]:
+    """Entries of added_tokens, ordinary ones unless `changes` says otherwise."""
+    entry = {**SPEC["added_tokens"][0], "special": False, **changes}
+    return [{**entry, "id": first_id + i, "content": text} for i, text in enumerate(contents)]
+
+
+def library_of(spec: dict, specials_as_text: bool = True):
+    """A function text -> ids: the `tokenizers` library, special tokens taken as ordinary text."""
+    library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    library.encode_special_tokens = specials_as_text
+    return lambda text: library.encode(text, add_special_tokens=False).ids
+
+
+SNIPPETS = "the The it's I'LL don'T 'ſ 12345 ² Ⅷ ٣ naïve e\u0301 ﬁ 東京 🙂 👩‍👩‍👧 \u200b".split()
+SNIPPETS += "\u212b Ｗｉｄｅ \uac00 -- ... !? _ x==y <|mas".split()
+SNIPPETS += ["\u3000", "\u00a0", "\u0085", "\r\n", "\n\n", "\t", " ", "  ", "   "]
+UNICODE = [*range(0xD800), *range(0xE000, 0x110000)]
+
+
+def random_texts(n: int) -> list[str]:
+    """Words, contractions, digits, blanks, many scripts, characters drawn from all of Unicode."""
+    rng, texts = random.Random(0), []
+    for _ in range(n):
+        parts = rng.choices(SNIPPETS, k=rng.randrange(1, 40))
+        parts += map(chr, rng.choices(range(32, 0x700), k=4) + rng.choices(UNICODE, k=4))
+        rng.shuffle(parts)
+        texts.append("".join(parts))
+    return texts
+
+
+def spec_with_merges(merges: list[str], ignore_merges: bool = False) -> dict:
+    """A tokenizer.json with merges such as "ab c" in this order, its ids in a random one."""
+    made = [merge.replace(" ", "") for merge in merges]
+    tokens = list(dict.fromkeys(sorted(pre_tokenizers.ByteLevel.alphabet()) + made))
+    random.Random(3).shuffle(tokens)
+    vocab = {token: 1000 + i for i, token in enumerate(tokens)}
+    model = {**SPEC["model"], "vocab": vocab, "merges": merges, "ignore_merges": ignore_merges}
+    return {**SPEC, "model": model, "pre_tokenizer": BYTES}
+
+
+# ---- text to ids and back ------------------------------------------------------------------------
+
+
+def test_recorded_ids_are_reproduced(tmp_path):
+    """Also with post-processors that add no tokens: they change offsets, not ids."""
+    records = json.loads((CHECKPOINT / "token_ids.json").read_text())
+    for processor in (None, GPT2, NO_BOS, {"type": "Sequence", "processors": [NO_BOS]}):
+        tokenizer = loaded(tmp_path, SPEC | {"post_processor": processor})
+        assert [tokenizer.encode(r["text"]) for r in records] == [r["ids"] for r in records]
+
+
+@pytest.mark.parametrize("form", [None, "NFC", "NFD", "NFKC", "NFKD"])
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_ids_equal_the_tokenizers_library(tmp_path, name, form):
+    """Any two neighbouring bytes have a merge, so that no cut between two pieces goes unseen."""
+    texts = [*random_texts(200), "a <|mask|>b<|role_end|>"]
+    to_symbols = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    symbols = [to_symbols.pre_tokenize_str(text)[0][0] for text in texts]
+    pairs = {pair for text in symbols for pair in itertools.pairwise(text)}
+    spec = spec_with_merges([" ".join(pair) for pair in sorted(pairs)])
+    spec |= {"pre_tokenizer": PRE_TOKENIZERS[name], "normalizer": form and {"type": form}}
+    ours, library = loaded(tmp_path, spec), library_of(spec)
+    for text in ["", *texts]:
+        assert ours.encode(text) == library(text), text
+        assert form or ours.decode(ours.encode(text)) == text
+
+
+def test_every_character_is_cut_as_in_the_tokenizers_library(tmp_path):
+    """Both regex dialects agree on letters, digits and blanks: all of Unicode between letters."""
+    spec = spec_with_merges(["a b", "a c", "a d"]) | {"pre_tokenizer": split(LING_REGEX)}
+    ours, library = loaded(tmp_path, spec), library_of(spec)
+    for at in range(0, 0x30000, 4096):
+        text = "".join(f"a{chr(code)}b 'S{chr(code)}  " for code in UNICODE[at : at + 4096])
+        assert ours.encode(text) == library(text)
+
+
+def test_any_list_of_merges_is_exact(tmp_path):
+    """Any two tokens, several rules for one, in any order: some of them are never made."""
+    rng = random.Random(0)
+    for _ in range(300):
+        tokens, merges = list("abc"), []
+        for _ in range(rng.randrange(1, 18)):
+            left, right = rng.choices(tokens, k=2)
+            if len(left + right) < 9:
+                merges.append(f"{left} {right}")
+                tokens.append(left + right)
+        if rng.random() < 0.5:
+            rng.shuffle(merges)
+        spec = spec_with_merges(merges)
+        ours, library = loaded(tmp_path, spec), library_of(spec)
+        for length in range(1, 40):
+            text = "".join(rng.choices("abc", k=length))
+            assert ours.encode(text) == library(text), (merges, text)
+
+
+def test_ignore_merges_is_refused_where_it_matters(tmp_path):
+    """It takes a whole piece that is a token, which matters for tokens no merges lead to."""
+    spec = spec_with_merges(["a b", "ab c"], ignore_merges=True)
+    ours, library = loaded(tmp_path, spec), library_of(spec)
+    for text in ("abc", "abcab", "bca", "ab", "aab"):
+        assert ours.encode(text) == library(text)
+    never_made = spec_with_merges(["b c", "a b", "ab c"], ignore_merges=True)  # abc is a + bc
+    with pytest.raises(UserError, match=r"ignore_merges with .* is not supported"):
+        loaded(tmp_path, never_made)
+
+
+def test_ordinary_added_tokens_are_found_in_text(tmp_path):
+    """Looked for before (normalized: false) or after the normalizer; the longest one first."""
+    words, later = ["<think>", "<think>x", "the"], ["<tool>", "é!", "e\u0301?"]
+    entries = added(526, *words, normalized=False) + added(529, *later, normalized=True)
+    spec = SPEC | {"added_tokens": SPEC["added_tokens"] + entries, "normalizer": {"type": "NFC"}}
+    ours, library = loaded(tmp_path, spec), library_of(spec)
+    parts = [*words, *later, "<think>\u0338", "<tool>\u0338", "é?", "x", " ", "\u0301", "<", "e"]
+    for seed in range(500):
+        text = "".join(random.Random(seed).choices(parts, k=6))
+        assert ours.encode(text) == library(text), text
+    assert ours.decode([526, 527, 528]) == "<think><think>xthe"
+    more = loaded(tmp_path, spec, added_tokens_decoder={"540": {"content": "<late>"}})
+    assert more.encode("<late>") == [540], "tokenizer_config.json may add tokens of its own"
+    assert (ours.vocab_size, more.vocab_size) == (532, 541)
+
+
+def test_decode_ends_at_eos_and_skips_what_has_no_text():
+    yes, no = TOY.encode("yes"), TOY.encode("no")
+    assert TOY.decode([*yes, TOY.eos, *no]) == "yes"
+    assert TOY.decode([*yes, TOY.mask, TOY.specials["<role>"], 575, 10**6, *no]) == "yesno"
+    assert TOY.decode([*TOY.encode("東")[:1], *yes]) == "\ufffdyes"
+
+
+@pytest.mark.parametrize("text", [" " * 1_000_000, "one two" + "\u3000" * 1_200_000 + "three"])
+def test_a_million_blanks_are_one_clear_error(capfd, text):
+    """tiktoken would panic at them, and Rust would report that on stderr by itself."""
+    for encode in (TOY.encode, TOY.encode_prompt):
+        with pytest.raises(UserError, match=r"^the text has a stretch .*\Z"):
+            encode(text)
+    assert capfd.readouterr().err == "", "the user is to see our line alone"
+    assert TOY.decode(TOY.encode(" " * 900_000)) == " " * 900_000
+
+
+@pytest.mark.parametrize("present", [["<|mask|>"], ["<|mask|>", "<|mdm_mask|>"]])
+def test_without_a_mask_token_the_known_names_are_tried(tmp_path, present):
+    """LLaDA-8B's <|mdm_mask|> before <|mask|>, also if the file calls it ordinary."""
+    assert (TOY.mask, TOY.eos, TOY.vocab_size) == (525, 521, 526), "the toy's config names them"
+    spec = SPEC | {"added_tokens": SPEC["added_tokens"][:-1] + added(525, *present)}
+    tokenizer = loaded(tmp_path, spec, mask_token=None)
+    assert tokenizer.mask == 524 + len(present)
+    assert tokenizer.mask not in tokenizer.encode(" ".join(present))
+
+
+MARKUP = "<new>{{ messages[0].content }}"
+SEVERAL = [{"name": "default", "template": "x"}, {"name": "tools", "template": MARKUP}]
+ROLES = [
+    {"pad_token": "<new>"},
+    {"additional_special_tokens": ["<other>", {"content": "<new>"}]},
+    {"extra_special_tokens": {"image_token": "<new>"}},
+    {"added_tokens_decoder": {"526": {"content": "<new>", "special": True}}},
+    {"chat_template": MARKUP},
+    {"chat_template": SEVERAL},
+]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("config", ROLES)
+def test_what_either_file_uses_as_markup_is_special(tmp_path, config, normalized, plain):
+    """tokenizer.json may call its own markup ordinary. Typed, it must not act as markup."""
+    entries = added(526, "<new>", "<word>", normalized=normalized)
+    spec = SPEC | {"added_tokens": SPEC["added_tokens"] + entries}
+    assert loaded(tmp_path, spec, plain).encode("<new><word>") == [526, 527]
+    tokenizer = loaded(tmp_path, spec, plain, **config)
+    typed = tokenizer.encode("<new>")
+    assert 526 not in typed
+    assert tokenizer.encode("<word>") == [527]
+    if config.get("chat_template") == MARKUP:
+        assert tokenizer.encode_prompt("<new>") == (typed if plain else [526, *typed])
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+MODEL, TOKENS = SPEC["model"], SPEC["added_tokens"]
+# What the message must say, and what is put into tokenizer.json or into the other file ("config").
+REFUSED = [
+    ("dropout", {"model": MODEL | {"dropout": 0.1}}),
+    ("vocabulary lacks '!'", {"model": MODEL | {"vocab": {}}}),
+    ("vocabulary lacks 'nowhere'", {"model": MODEL | {"merges": ["nowhere a"]}}),
+    ("pre_tokenizer.*null", {"pre_tokenizer": None}),
+    ("pre_tokenizer.*prefix_space", {"pre_tokenizer": GPT2 | {"add_prefix_space": True}}),
+    ("pre_tokenizer.*Removed", {"pre_tokenizer": split(LING_REGEX, "Removed")}),
+    ("pre_tokenizer.*w+", {"pre_tokenizer": split(r"\w+")}),
+    (r"pre_tokenizer.*\{1,3\}", {"pre_tokenizer": split(r"\p{N}{1,3}+")}),
+    ("pre_tokenizer.*&&", {"pre_tokenizer": split(r"[\p{L}&&a]")}),
+    (r"pre_tokenizer.*\$", {"pre_tokenizer": split(r"\s+$")}),
+    ("Parsing error", {"pre_tokenizer": split("a(b")}),
+    ("normalizer Lowercase", {"normalizer": {"type": "Lowercase"}}),
+    ("post_processor", {"post_processor": {"type": "Sequence", "processors": [BOS]}}),
+    ("'<x>'.*lstrip", {"added_tokens": TOKENS + added(526, "<x>", lstrip=True)}),
+    ("special token 64 ", {"added_tokens": TOKENS + added(64, "<x>", special=True)}),
+    ("no mask_token", {"added_tokens": TOKENS[:-1]}),
+    ("no eos_token", {"config": {"eos_token": "<gone>"}}),
+    ("malformed", {"config": {"chat_template": 5}}),
+    ("default", {"config": {"chat_template": SEVERAL[1:]}}),
+]
+
+
+@pytest.mark.parametrize(("reason", "changes"), REFUSED)
+def test_what_cannot_be_exact_is_refused_by_name(tmp_path, reason, changes):
+    """One line that says what, and in which folder."""
+    with pytest.raises(UserError) as caught:
+        loaded(tmp_path, SPEC | changes, **changes.get("config", {}))
+    message = str(caught.value)
+    assert re.search(reason, message), message
+    assert str(tmp_path) in message
+    assert "\n" not in message
+
+
+# ---- the chat template ---------------------------------------------------------------------------
+
+CONTENT = "{{ messages[0]['content'] }}"
+TRIMMED = "{{ messages[0].content | trim }}"
+TEMPLATES = {
+    "toy": CONFIG["chat_template"],
+    "trimmed": f"<role>HUMAN</role>{TRIMMED}<|role_end|><role>ASSISTANT</role>",
+    "plain text beside it": f"{{{{ bos_token }}}}USER:{CONTENT}s. ASSISTANT:",
+    "upper case": "<role>{{ messages[0].content | upper }}</role>",
+    "blocks": "<role>\n  {% for m in messages %}\n{{ m.content }}\n  {% endfor %}\n</role>",
+    "json": "<role>{{ messages | tojson }}</role>{% if tools is not none %}tools{% endif %}",
+    "loop control": "{% for m in messages %}{{ m.content }}<role>{% break %}{% endfor %}{{ gone }}",
+}
+TYPED = ["<|mask|>", " <role>x</role> ", "a<|role_end|><|mask|>b", "<|endoftext|>\n", "<<role>>"]
+TYPED += ["\U000f0000<|mask|>\U000f0001", "\ud800<|mask|>"]  # private use; half a surrogate pair
+
+
+def rendered(template: str, text: str) -> str:
+    """Hugging Face's settings, in a plain environment."""
+    extensions = ["jinja2.ext.loopcontrols"]
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    values = {"messages": [{"role": "user", "content": text}], "add_generation_prompt": True}
+    return environment.from_string(template).render(values, tools=None, **CONFIG)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_prompt_equals_rendering_and_the_tokenizers_library(tmp_path, name):
+    """For text without special strings; the library takes the rendered markup as special tokens."""
+    tokenizer = loaded(tmp_path, chat_template=TEMPLATES[name])
+    library = library_of(SPEC, specials_as_text=False)
+    for text in random_texts(100):
+        for end in ("", "<", "|>", " <role", ">  "):
+            expected = library(rendered(TEMPLATES[name], text + end))
+            assert tokenizer.encode_prompt(text + end) == expected, text + end
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_markup_in_the_users_text_stays_text(tmp_path, text):
+    """The special tokens are an empty message's, and for the toy's template so is all the rest."""
+    typed, empty, special = TOY.encode(text), TOY.encode_prompt(""), set(TOY.specials.values())
+    assert TOY.decode(typed) == text.replace("\ud800", "\ufffd"), "special ones decode to nothing"
+    end = empty.index(TOY.specials["<|role_end|>"])
+    assert TOY.encode_prompt(text) == empty[:end] + typed + empty[end:]
+    for template in TEMPLATES.values():
+        tokenizer = loaded(tmp_path, chat_template=template)
+        ids, empty = tokenizer.encode_prompt(text), tokenizer.encode_prompt("")
+        assert [i for i in ids if i in special] == [i for i in empty if i in special]
+
+
+HALVES = [
+    (CONTENT + "k|> is it", "say <|mas"),
+    ("<|" + CONTENT + " ", "mask|> it is"),
+    (TRIMMED + ">", "<role \n"),
+    ("{{ messages[0].content | lower }}", "<|MASK|>"),
+]
+
+
+@pytest.mark.parametrize(("template", "text"), HALVES)
+def test_the_templates_words_do_not_complete_the_users_markup(tmp_path, template, text):
+    """Half of a special string typed, the other half made by the template: all is text."""
+    ids = loaded(tmp_path, chat_template=template).encode_prompt(text)
+    assert ids == TOY.encode(rendered(template, text))
+
+
+def test_where_the_template_comes_from(tmp_path):
+    """A string, the default of a list, or a file, which goes first; plain leaves them all out."""
+    several = [SEVERAL[1], {"name": "default", "template": "default " + CONTENT}]
+    assert loaded(tmp_path, chat_template=several).encode_prompt("x") == TOY.encode("default x")
+    assert loaded(tmp_path, chat_template=None).encode_prompt("x") == TOY.encode("x")
+    (tmp_path / "chat_template.jinja").write_text("file " + CONTENT)
+    assert loaded(tmp_path).encode_prompt("x") == TOY.encode("file x")
+    assert loaded(tmp_path, plain=True).encode_prompt("<role>x") == TOY.encode("<role>x")
+
+
+TWICE = "{% macro two(n) %}{% if n %}{{ two(n - 1) }}{{ two(n - 1) }}{% endif %}{% endmacro %}"
+FAILING = [
+    ("{{ raise_exception('user and assistant must alternate') }}", "must alternate"),
+    ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+    ("{% for m in %}", "TemplateSyntaxError"),
+    ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "RecursionError"),
+    ("{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2, "running after"),
+    (TWICE + "{{ two(60) }}", "running after"),
+]
+
+
+@pytest.mark.parametrize(("template", "reason"), FAILING)
+def test_a_template_that_fails_or_never_ends_is_one_line_at_load_time(tmp_path, template, reason):
+    """Found within seconds, before any work begins. Without the template the rest still loads."""
+    start = time.thread_time()
+    with pytest.raises(UserError, match=rf"^the backbone's chat template .*{reason}.*\Z"):
+        loaded(tmp_path, chat_template=template)
+    assert time.thread_time() - start < 20
+    assert loaded(tmp_path, plain=True, chat_template=template).template is None

@@ -1,0 +1,82 @@
+"""
+toys.py: `eval_niah.py --backbone` on a random backbone that is small enough for a test. The scores
+mean nothing; that they are the same again, or differ where a flag says so, does.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from backbones import add_random_lora, toy_model
+from commands import checkpoints, contents, jsonl
+
+import eval_niah
+from eval_niah import matching
+from full_scale import report
+from full_scale.adapters import save_adapter
+from full_scale.backbone import note_training
+
+ESSAY = 4 * "A fox went out at night. Dr. Who saw it! Long was the road, and he sang to the moon. "
+METHODS = ["base", "mdlm", "memdlm_train", "memdlm_train_inference"]
+ONE = "--tasks niah_single_1 --lengths 330 --steps 1 --samples 1"  # one cheap question
+
+
+@functools.cache
+def toys() -> Path:
+    """The backbones of `checkpoints`, an adapter of each method for the first (mdlm, memdlm), pairs
+    (few.jsonl) and a text (essay.txt). Nobody writes into them."""
+    root = checkpoints()["llada"].parent
+    for seed, method in enumerate(("mdlm", "memdlm")):
+        model = add_random_lora(toy_model("llada", torch.float32), 4, seed=seed)
+        save_adapter(model, root / method, rank=4, alpha=8.0, dropout=0.0, base="toy")
+        note_training(root / method, {"method": method})
+    pairs = [{"prompt": f"Who is {i}?", "response": " Mary" * (i + 1)} for i in range(5)]
+    (root / "few.jsonl").write_text(jsonl(pairs))
+    (root / "essay.txt").write_text(ESSAY)
+    return root
+
+
+def command(out: Path, flags: str) -> list[str]:
+    """Arguments for eval_niah.py. {} in the flags is the toys' folder."""
+    own = ["--backbone", str(toys() / "llada"), "--out", str(out), "--device", "cpu"]
+    return own + flags.replace("{}", str(toys())).split()
+
+
+def ask(out: Path, flags: str, draw: bool = False) -> Path:
+    """Evaluates by the real command, in this process. Pictures would take longer than all else in
+    one so small; they are drawn where a test asks for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not draw:
+            patch.setattr(report, "draw_pictures", lambda results, out: None)
+        eval_niah.main(command(out, flags))
+    return out
+
+
+def lines_of(out: Path) -> list[dict]:
+    """What predictions.jsonl says, but for the time that it took."""
+    text = (out / "predictions.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.split("\n")[:-1]]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def answers_of(out: Path, **where) -> list[dict]:
+    """The answers that have these values."""
+    return matching([line for line in lines_of(out) if "settings" not in line], **where)
+
+
+def predictions(out: Path, method: str) -> list[str]:
+    """What a row has answered, in the order of the questions."""
+    answers = answers_of(out, method=method)
+    return [answer["prediction"] for answer in answers if "prediction" in answer]
+
+
+def settings_of(out: Path) -> dict[str, dict]:
+    """Those of each method's last task."""
+    return {line["method"]: line["settings"] for line in lines_of(out) if "settings" in line}
+
+
+def final(out: Path) -> dict:
+    """All that an evaluation leaves, byte for byte but for the seconds."""
+    return contents(out) | {"predictions.jsonl": lines_of(out)}
