@@ -780,7 +780,7 @@ def run_flags(flag: Callable) -> None:
 def loop_flags(flag: Callable) -> None:
     """Both loops. The paper's values (Sec. 4.1) are the defaults, and stand in brackets."""
     flag("--steps", type=whole(0), default=0, help="fine-tuning steps [5 epochs]")
-    flag("--batch", type=whole(1), default=2, help="pairs per step [2]")
+    flag("--batch", type=whole(1), default=2, help="pairs computed at once [2]")
     flag("--lr", type=real(0), default=2e-5, help="peak learning rate [2e-5]")
     flag("--warmup", type=real(0, 1), default=0.1, help="share of warm-up steps [0.1]")
     flag("--clip", type=real(0), default=1.0, help="norm of theta's gradient, 0 = off [1.0]")

@@ -373,10 +373,13 @@ def run(arguments: list[str]) -> None:
         )
 
     ask_all(readers, cells, open_model, predictions)
-    answers = [one for pair in product(readers, cells) for one in predictions.of(*pair)]
+    pairs = list(product(readers, cells))
+    answers = [one for pair in pairs for one in predictions.of(*pair)]
+    had_room = [pair for pair in pairs if place(*pair) not in predictions.without_room]
+    complete = [one for pair in had_room for one in predictions.of(*pair)]
     elsewhere = ("out", "show", "device")
     config = {name: value for name, value in vars(args).items() if name not in elsewhere}
-    results = {"config": config, "machine": where, "depths": report.depth_records(answers)}
+    results = {"config": config, "machine": where, "depths": report.depth_records(complete)}
     results |= results_of(readers, cells, predictions)
     write_json(out / "results.json", results)
     write_text(out / "table.md", report.report(results) + "\n")

@@ -263,7 +263,7 @@ def build_parser() -> Parser:
     flag("--eval-every", type=whole(1), default=100, help="steps between measured losses")
     flag("--eval-examples", type=whole(1), default=16, help="pairs measured, of each kind")
     flag("--lora-rank", type=whole(1), default=32, help="of the outer LoRA [32, Sec. 4.1]")
-    flag("--lora-alpha", type=real(0), default=64.0, help="its alpha [64, Sec. 4.1]")
+    flag("--lora-alpha", type=real(1e-6), default=64.0, help="its alpha [64, Sec. 4.1]")
     flag("--lora-dropout", type=real(0, 0.99), default=0.05, help="its dropout [0.05, Sec. 4.1]")
     loop_flags(flag)
     return parser

@@ -81,7 +81,7 @@ class Predictions:
             try:
                 self.take(json.loads(line))
             except (ValueError, TypeError, KeyError):
-                advice = "delete that line, and its answer is made again"
+                advice = "delete it (an answer is made again), or name another --out"
                 raise UserError(f"{path}, line {number} is damaged: {advice}.") from None
 
     def take(self, record: dict) -> None:

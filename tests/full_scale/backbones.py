@@ -1,9 +1,7 @@
 """
 backbones.py: small random checkpoints of the three published architectures, and models, batches and
-fast weights of their sizes.
-
-The names and shapes of the tensors are written out here once more, from the published code: were
-they taken from full_scale/, a wrong name there would be wrong on both sides.
+fast weights of their sizes. Names and shapes of tensors are written out here once more, from the
+published code: were they taken from full_scale/, a wrong one would be wrong on both sides.
 """
 
 import json

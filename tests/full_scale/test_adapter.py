@@ -1,7 +1,6 @@
 """
-test_adapter.py: outer LoRAs on disk. `peft` must find in our files the very matrices that we
-trained, and we in its files those that it trained. The published modelling code is not needed for
-that: a tree of nn.Linear with the published names is what `peft` looks at.
+test_adapter.py: outer LoRAs on disk. `peft` must find in our files the matrices that we trained,
+and we in its files those that it trained.
 """
 
 import json
@@ -30,7 +29,7 @@ def kind(request) -> str:
 
 
 class Skeleton(PreTrainedModel):
-    """The published model's modules, by name and size, without a forward pass."""
+    """The published model's modules, by name and size: `peft` looks at no more than that."""
 
     config_class = PretrainedConfig
 

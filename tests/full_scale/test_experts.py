@@ -1,7 +1,6 @@
 """
 test_experts.py: the mixture of experts. Sorting rows by expert, running them through one kernel and
-putting them back must be the same as asking each token which experts it wants; and so must what is
-learnt from it, in the outer LoRA and in the fast weights.
+putting them back must be the same as asking each token which experts it wants; gradients, too.
 """
 
 import math
@@ -13,14 +12,11 @@ from backbones import MIXTURES, SETTINGS, add_random_lora, random_fast, toy_batc
 from torch import Tensor
 
 from full_scale.configs import BackboneConfig
-from full_scale.experts import ROUTERS, Mixture, by_expert, sigmoid_router, softmax_router
+from full_scale.experts import ROUTERS, ExpertLinear, Mixture, by_expert
 from memdlm import Memory, adapted_matrices, generator_for, sgd
 from model import Fast, Linear
 
 MEMORY = Memory(rank=4, alpha=8.0, lr=0.3, clip=0.5, fraction=0.5, scope="sample")
-
-
-# ---- two ways to multiply --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("counts", [[3, 2, 4], [0, 5, 0], [0, 0, 7], [0, 1, 0]], ids=str)
@@ -57,9 +53,6 @@ def test_the_kernel_and_the_loop_agree_in_value_and_gradient(
     assert all((results[0][2][i] == 0).all() for i, n in enumerate(counts) if n == 0)
 
 
-# ---- routing ---------------------------------------------------------------------------------
-
-
 CONFIG = BackboneConfig(
     vocab_size=10,
     experts=12,
@@ -91,13 +84,13 @@ def sigmoid_routed(scores: list[float], bias: list[float]) -> dict[int, float]:
 
 @pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize(
-    ("router", "expected"), [(softmax_router, softmax_routed), (sigmoid_router, sigmoid_routed)]
+    ("router", "expected"), [("softmax", softmax_routed), ("sigmoid", sigmoid_routed)]
 )
 def test_routers_choose_and_weigh_as_published(router, expected, biased):
     """Expert -> weight of each of 40 tokens, against the definition."""
     scores = torch.randn(40, 12, generator=generator_for(3))
     bias = 0.3 * torch.randn(12, generator=generator_for(4)) if biased else None
-    weights, chosen = router(scores, bias, CONFIG)
+    weights, chosen = ROUTERS[router](scores, bias, CONFIG)
     offset = bias.tolist() if biased else [0.0] * 12
     for row in range(40):
         routed = dict(zip(chosen[row].tolist(), weights[row].tolist()))
@@ -190,10 +183,20 @@ def test_router_and_experts_share_one_draw_of_dropout(monkeypatch):
     """One draw for a token's x, one for the inner activations of its experts. PEFT draws for each
     matrix and each expert, which costs more and means the same."""
     model = add_random_lora(toy_model("llada-moe"), dropout=0.5).train()
-    drawn, dropout = [], F.dropout
-    monkeypatch.setattr(F, "dropout", lambda x, *rest: drawn.append(x.shape) or dropout(x, *rest))
+    drawn = []
+    monkeypatch.setattr(ExpertLinear, "drop", lambda layer, x: drawn.append(x.shape) or x)
+    monkeypatch.setattr(Linear, "drop", None)  # the router's own must not be called
     model.layers[1].mlp(torch.randn(2, 5, 32, dtype=torch.float64))
     assert drawn == [(10, 32), (20, 16)]
+
+
+def test_dropout_drops_its_share_and_scales_the_rest():
+    x, layer = torch.full((1001, 99), 3.0), ExpertLinear(2, 99, 5)
+    layer.add_lora(rank=4, alpha=8.0, dropout=0.05)
+    dropped = layer.drop(x)
+    assert (dropped == 0).double().mean().item() == pytest.approx(0.05, abs=0.005)
+    torch.testing.assert_close(dropped, torch.where(dropped == 0, 0, x / 0.95))
+    assert layer.eval().drop(x) is x
 
 
 def test_clipping_looks_at_each_expert_of_each_set_alone():

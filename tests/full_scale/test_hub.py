@@ -1,7 +1,6 @@
 """
-test_hub.py: backbones by name. The hub is never reached here: either nothing listens where it is
-looked for, or its client is replaced. Whatever keeps a download from happening, one line says what
-to do and which files to fetch by hand.
+test_hub.py: backbones by name. The hub is never reached here. Whatever keeps a download from
+happening, one line says what to do and which files to fetch by hand.
 """
 
 import sys
