@@ -220,12 +220,25 @@ def haystack(rng: np.random.Generator, facts: np.ndarray, length: int) -> np.nda
     return slots[slots >= 0].reshape(n, -1)
 
 
-def make_arrays(task: str, n: int, length: int, rng, questions: int = 1) -> tuple:
+WORDINGS = ("old", "new")
+
+
+def reword(question: np.ndarray) -> np.ndarray:
+    """A question (n, Q) in a wording that pretraining never uses: each of its common words becomes
+    another one, always the same. What is asked about, and the punctuation, stay."""
+    words = OTHER.split()
+    first, size = TINY.pieces(" " + words[0])[0], len(words)
+    common = (question >= first) & (question < first + size)
+    return np.where(common, first + (question - first + size // 2) % size, question)
+
+
+def make_arrays(task, n: int, length: int, rng, questions: int = 1, wording: str = "old") -> tuple:
     """n examples of at most `length` tokens: ids (n, T), and which places are answers (T,) bool.
     Each answer is closed by EOS. Pretraining asks several questions about one haystack."""
     facts, asked = TASKS[task](rng, n)
     pieces, is_answer = [], []
     for question, answer in asked[:questions]:
+        question = reword(question) if wording == "new" else question
         pieces += [question, answer, np.full((n, 1), EOS)]
         is_answer += [np.zeros(question.shape[1], bool), np.ones(answer.shape[1] + 1, bool)]
     hay = haystack(rng, facts, length - sum(piece.shape[1] for piece in pieces))
@@ -268,11 +281,11 @@ def split_seed(seed: int, split: str) -> int:
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
-def make_examples(task: str, n: int, length: int, seed: int, noise: float = 0.0) -> list[Example]:
+def make_examples(task, n: int, length: int, seed: int, noise=0.0, wording="old") -> list[Example]:
     """n examples of at most `length` tokens, the same for the same seed, n and length. noise: the
     share of the answer words that are replaced; the references stay clean."""
     rng = np.random.default_rng([seed, length, list(TASKS).index(task)])
-    ids, is_answer = make_arrays(task, n, length, rng)
+    ids, is_answer = make_arrays(task, n, length, rng, wording=wording)
     prompts, clean = ids[:, ~is_answer], ids[:, is_answer]
     responses = add_noise(task, clean, noise, rng) if noise else clean
     examples = []

@@ -541,6 +541,14 @@ def take_up(model, optimizer, path: Path, identity: dict) -> dict:
     return meta
 
 
+def warn_of_overshoot(record: dict) -> None:
+    """Says that the inner loop is unstable, where a log shows it: more than a tenth of the memories
+    end with a step that raises the loss which it descends (assets/results.md shows such a step)."""
+    if record["method"] == "memdlm" and record["overshoot"] > 0.1:
+        found = f"{record['overshoot']:.0%} of the memories overshoot"
+        tqdm.write(f"warning: memdlm, step {record['step']}: {found}; lower --memory-lr")
+
+
 def train(model, phase: Phase, folder: Path, save_every: int, chief: bool = True) -> dict:
     """Trains `model` in place, from where folder/<name>.safetensors stopped if that is there.
     Returns its meta: step, seconds, skipped (updates), log. chief: this process, one of several,
@@ -553,7 +561,11 @@ def train(model, phase: Phase, folder: Path, save_every: int, chief: bool = True
     if path.exists():
         meta = take_up(model, optimizer, path, phase.identity)
     clock, start = time.monotonic() - meta["seconds"], meta["step"]
-    log_at = phase.log_at if chief and phase.log_at else lambda step: []
+
+    def log(step: int) -> None:
+        for record in phase.log_at(step) if chief and phase.log_at else []:
+            meta["log"].append(record)
+            warn_of_overshoot(record)
 
     def save(done: bool = False) -> None:
         meta.update(done=done, seconds=time.monotonic() - clock)
@@ -564,7 +576,7 @@ def train(model, phase: Phase, folder: Path, save_every: int, chief: bool = True
 
     bar = tqdm(total=phase.steps, desc=phase.name, initial=start, disable=not chief, delay=2)
     for step in range(start, phase.steps):
-        meta["log"] += log_at(step)
+        log(step)
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = phase.rate_at(step)
@@ -577,7 +589,7 @@ def train(model, phase: Phase, folder: Path, save_every: int, chief: bool = True
             save()
     bar.close()
     if not meta["done"]:
-        meta["log"] += log_at(phase.steps)
+        log(phase.steps)
         save(done=True)
     return meta
 
@@ -603,18 +615,27 @@ def even_anchors(batches: list[Batch], seed: int) -> list[Anchor]:
 
 
 @torch.no_grad()
-def measure_losses(model, train_set: list, held_out: list, memory: Memory, seed: int) -> dict:
+def measure_losses(model, train_set, held_out, memory: Memory, seed: int, repeats: int = 1) -> dict:
     """LOSSES and, by noise level, the held-out NLL per masked token ("eval_by_t"). The loss
     *with* memory leaks: the inner loop has learnt from the very tokens that are scored next. It is
-    measured to show that, beside the honest one."""
+    measured to show that, beside the honest one, which is the mean over `repeats` draws of noise.
+    "overshoot" is the share of the memories whose last step has raised the loss that it descends.
+    """
     model.eval()
     generator = generator_for(seed, "measure memory")
-    with_memory, without, held, nll, levels = [], [], [], [], []
+    with_memory, overshoot, without, held, nll, levels = [], [], [], [], [], []
     for batch, anchor in zip(train_set, even_anchors(train_set, seed)):
         stages = make_stages(anchor, batch.maskable, memory, generator)
+        stages = with_prefixes(model, batch, stages, memory)
         fast = init_fast(model, memory, memory.sets(len(batch.x0)), generator)
-        loss, _ = memdlm_loss(model, batch, anchor, stages, fast, memory)
-        with_memory.append(loss.item())
+        fast, inner = inner_loop(model, batch, stages, fast, memory)
+        overshoot += (stage_loss(model, batch, stages[-1], fast, memory) > inner[-1]).tolist()
+        h, start = (
+            prefix(model, batch, anchor.masked, memory),
+            memory.first_layer(len(model.layers)),
+        )
+        with_memory.append(denoising_loss(model, batch, anchor, h, start, fast).item())
+    for batch, anchor in zip(train_set * repeats, even_anchors(train_set * repeats, seed)):
         without.append(mdlm_loss(model, batch, anchor).item())
     for batch, anchor in zip(held_out, even_anchors(held_out, seed)):
         held.append(mdlm_loss(model, batch, anchor).item())
@@ -622,24 +643,37 @@ def measure_losses(model, train_set: list, held_out: list, memory: Memory, seed:
         nll.append(token_nll(model, h[anchor.masked], batch.x0[anchor.masked]))
         levels.append(anchor.t[anchor.masked.nonzero()[:, 0]])
     trained, kept = ([int(b.maskable.sum()) for b in part] for part in (train_set, held_out))
-    means = [np.average(with_memory, weights=trained), np.average(without, weights=trained)]
+    means = [np.average(with_memory, weights=trained)]
+    means.append(np.average(without, weights=trained * repeats))
     means.append(np.average(held, weights=kept))
     nll, bins = torch.cat(nll), (torch.cat(levels) * T_BINS).long()
     by_t = [finite(nll[bins == i].mean().item()) for i in range(T_BINS)]
-    return {key: finite(float(mean)) for key, mean in zip(LOSSES, means)} | {"eval_by_t": by_t}
+    losses = {key: finite(float(mean)) for key, mean in zip(LOSSES, means)}
+    return losses | {"overshoot": float(np.mean(overshoot)), "eval_by_t": by_t}
 
 
 # ---- the --tiny experiment, and the folder of a run ------------------------------------------
 
 
-def noisy_pairs(args: argparse.Namespace, seed: int) -> tuple[list[Example], list[Example]]:
-    """The tasks' pairs: those that are trained on, with noisy answers, and those held out."""
-    n, train_set, held_out = args.examples // len(data.TASKS), [], []
-    key, held_key = data.split_seed(seed, "train"), data.split_seed(seed, "held out")
-    for task in data.TASKS:
-        train_set += data.make_examples(task, n, args.length, key, args.noise)
-        held_out += data.make_examples(task, 16, args.length, held_key)
-    return train_set, held_out
+def arms(config: dict) -> dict[str, tuple[str, float]]:
+    """The fine-tunings of each draw, name -> (method, peak rate): both methods at --lr, and
+    Standard MDLM at the lower rates of its control."""
+    both = {"mdlm": ("mdlm", config["lr"]), "memdlm": ("memdlm", config["lr"])}
+    return both | {f"mdlm-{rate:g}": ("mdlm", rate) for rate in config["control_lr"]}
+
+
+def noisy_pairs(config: dict, seed: int, draw: int, noise: float) -> list[Example]:
+    """A draw's fine-tuning set. With noise 0, the same pairs with their true answers."""
+    n, length = config["examples"] // len(data.TASKS), config["length"] * config["stretch"]
+    asked = length, data.split_seed(seed, f"train {draw}"), noise, config["wording"]
+    return [pair for task in data.TASKS for pair in data.make_examples(task, n, *asked)]
+
+
+def held_out_pairs(config: dict, seed: int) -> list[Example]:
+    """Eight true pairs of each task, as long as those that are trained on."""
+    length, key = config["length"] * config["stretch"], data.split_seed(seed, "held out")
+    asked = length, key, 0.0, config["wording"]
+    return [pair for task in data.TASKS for pair in data.make_examples(task, 8, *asked)]
 
 
 def pretrain(args: argparse.Namespace, seed: int, folder: Path, device: str) -> Transformer:
@@ -667,38 +701,49 @@ def pretrain(args: argparse.Namespace, seed: int, folder: Path, device: str) -> 
     return model
 
 
-def fine_tune(args, model, method: str, seed: int, folder: Path, device: str) -> None:
-    """Trains the model by one of METHODS. Both methods see the same batches and the same noise."""
-    memory, (train_set, held_out) = memory_of(vars(args)), noisy_pairs(args, seed)
-    size, collate = min(args.batch, len(train_set)), partial(data.collate, device=device)
+def fine_tune(args, model, name: str, seed: int, draw: int, folder: Path, device: str) -> None:
+    """Trains the model as the arm `name` says. All arms of a draw see the same pairs, in the same
+    batches, under the same noise."""
+    (method, rate), memory = arms(vars(args))[name], memory_of(vars(args))
+    pairs = noisy_pairs(vars(args), seed, draw, args.noise)
+    size, collate = min(args.batch, len(pairs)), partial(data.collate, device=device)
+    measured = [collate(pairs)], [collate(held_out_pairs(vars(args), seed))]
 
     def losses_at(step: int) -> list[Tensor]:
-        rng = np.random.default_rng([seed, step])
-        batch = collate([train_set[i] for i in rng.choice(len(train_set), size, replace=False)])
-        return [keyed_loss(model, method, batch, memory, args.loss_norm, seed, "fine-tune", step)]
+        rng = np.random.default_rng([seed, draw, step])
+        batch = collate([pairs[i] for i in rng.choice(len(pairs), size, replace=False)])
+        key = (seed, draw, "fine-tune", step)
+        return [keyed_loss(model, method, batch, memory, args.loss_norm, *key)]
 
     def log_at(step: int) -> list[dict]:
-        if step % max(1, args.steps // 10) and step != args.steps:
+        if step % max(1, args.steps // 2) and step != args.steps:
             return []
-        losses = measure_losses(model, [collate(train_set)], [collate(held_out)], memory, seed)
-        return [{"method": method, "step": step, **losses, "seed": seed}]
+        losses = measure_losses(model, *measured, memory, seed, repeats=4)
+        return [{"method": name, "lr": rate, "step": step, **losses, "seed": seed, "draw": draw}]
 
-    pairs = zlib.crc32(repr(train_set).encode())
-    identity = {**settings(args), "seed": seed, "method": method, "pairs": pairs}
-    rate_at = plateau_rate(args.lr, args.steps, args.warmup, decay=1 - args.warmup)
-    phase = Phase(method, args.steps, rate_at, losses_at, args.clip, identity, log_at)
+    identity = {key: value for key, value in settings(args).items() if key not in SEVERAL}
+    identity |= {"seed": seed, "draw": draw, "method": method, "lr": rate}
+    identity["pairs"] = zlib.crc32(repr(pairs).encode())
+    rate_at = plateau_rate(rate, args.steps, args.warmup, decay=1 - args.warmup)
+    phase = Phase(name, args.steps, rate_at, losses_at, args.clip, identity, log_at)
     train(model, phase, folder, args.save_every)
 
 
 def run_tiny(args: argparse.Namespace) -> None:
-    """For each seed a base, and from it a fine-tuning by each method, into OUT/seed<S>/."""
+    """For each seed a base, and for each of its draws all arms, into OUT/seed<S>/draw<D>/."""
     out, device = Path(args.out), pick_device(args.device)
     start_run(out, settings(args), args.resume)
     for seed in range(args.seed, args.seed + args.seeds):
         folder = out / f"seed{seed}"
         base = pretrain(args, seed, folder, device)
-        for method in ("mdlm", "memdlm"):
-            fine_tune(args, copy.deepcopy(base), method, seed, folder, device)
+        for draw in range(args.draws):
+            for name in arms(vars(args)):
+                model = copy.deepcopy(base)
+                fine_tune(args, model, name, seed, draw, folder / f"draw{draw}", device)
+
+
+# What says how many models a run has. It decides nothing about any one of them.
+SEVERAL = ("seeds", "draws", "control_lr")
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -736,13 +781,17 @@ def read_config(out: Path, dial: str = "tiny") -> dict:
     return config
 
 
-def open_run(out: Path, seed: int, name: str, device: str) -> tuple[Transformer, dict]:
+def open_run(out: Path, seed: int, draw: int, name: str, device: str) -> tuple[Transformer, dict]:
     """A model of a --tiny run, in eval mode, and its meta. Refuses one trained otherwise than the
-    folder's settings say. name: base, mdlm or memdlm."""
-    config, path = read_config(out), out / f"seed{seed}" / f"{name}.safetensors"
+    folder's settings say. name: base, which all draws of a seed share, or one of `arms`."""
+    config, wanted, folder = read_config(out), {"seed": seed}, out / f"seed{seed}"
+    if name != "base":
+        wanted |= {"draw": draw, "lr": arms(config)[name][1]}
+        folder /= f"draw{draw}"
+    path = folder / f"{name}.safetensors"
     model, meta = load_model(path, device)
-    wanted = {key: config[key] for key in meta["identity"] if key in config}
-    check_identity(path, meta, wanted | {"seed": seed})
+    known = {key: config[key] for key in meta["identity"] if key in config}
+    check_identity(path, meta, known | wanted)
     return model, meta
 
 
@@ -765,8 +814,8 @@ def peak_memory(device: str) -> float:
 # ---- command line ----------------------------------------------------------------------------
 
 # What `--tiny` changes of the paper's settings, for a small model on a small set.
-TINY_SETTINGS = {"steps": 300, "batch": 16, "lr": 1e-3, "memory_rank": 8, "memory_alpha": 16.0}
-TINY_SETTINGS |= {"memory_lr": 1.0, "memory_fraction": 0.5, "memory_scope": "sample"}
+TINY_SETTINGS = {"steps": 150, "batch": 8, "lr": 5e-4, "memory_rank": 8, "memory_alpha": 16.0}
+TINY_SETTINGS |= {"memory_lr": 0.7, "memory_fraction": 0.5, "memory_scope": "sample"}
 
 
 def run_flags(flag: Callable) -> None:
@@ -807,10 +856,16 @@ def build_parser() -> Parser:
     flag("--tiny", action="store_true", required=True, help=what)
     flag("--out", default="runs/tiny", help="folder for everything that is written")
     flag("--seeds", type=whole(1), default=1, help="how many seeds to run, from --seed on")
+    flag("--draws", type=whole(1), default=3, help="fine-tuning sets for each of their bases")
+    lower = "lower rates at which Standard MDLM is fine-tuned, too: its control"
+    flag("--control-lr", type=real(0), nargs="*", default=[8e-5], help=lower)
     flag("--bases", help="folder of a run whose finished bases are used")
-    flag("--examples", type=whole(4), default=64, help="size of the fine-tuning set, by 4 tasks")
+    flag("--examples", type=whole(4), default=32, help="size of the fine-tuning set, by 4 tasks")
     flag("--noise", type=real(0, 1), default=0.5, help="share of its answer words made random")
-    flag("--length", type=whole(64, 1024), default=96, help="tokens of a training example, 1x")
+    new = "in the words of pretraining, or in new ones: a skill that must be learnt"
+    flag("--wording", choices=data.WORDINGS, default="old", help=f"questions {new}")
+    flag("--length", type=whole(64, 1024), default=96, help="tokens of a pretraining example, 1x")
+    flag("--stretch", type=whole(1, 16), default=3, help="a fine-tuning example is so many x long")
     flag("--pretrain-steps", type=whole(1), default=2400, help="steps of the base")
     flag("--pretrain-batch", type=whole(4), default=64, help="sequences in each, 4 tasks")
     flag("--pretrain-lr", type=real(0), default=4e-3, help="peak learning rate of the base")

@@ -24,6 +24,7 @@ Glossary
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -256,16 +257,39 @@ def canvas_text(ids: list[int], tokenizer=data.TINY) -> str:
     return "".join(names.get(token) or tokenizer.decode([token]) for token in ids)
 
 
-def denoising_view(model: Transformer, example: data.Example, fast: Fast | None = None) -> str:
-    """The prompt, the answer after each step of its denoising, and the answer expected."""
+class Step(NamedTuple):
+    """One step of a denoising, as it is shown: for each place of the answer ..."""
+
+    before: list[int]  # the token there, or [MASK]
+    proposal: list[int]  # the same with the most probable token in place of [MASK]
+    confidence: list[float]  # its probability, 1 where it was committed before
+    committed: list[bool]  # whether this step commits it
+
+
+@torch.no_grad()
+def denoising_states(model: Transformer, example: data.Example, fast=None) -> list[Step]:
+    """The denoising of an example's answer, a token a step."""
     prompt = torch.tensor([example.prompt], device=model.embedding.weight.device)
+    width, canvases = prompt.shape[1], []
+    generate(model, prompt, plan_blocks(len(example.response)), fast=fast, watch=canvases.append)
+    masks = torch.full_like(canvases[0][:, width:], model.config.mask_id)
+    canvases.insert(0, torch.cat([prompt, masks], dim=1))
+    steps = []
+    for before, after in pairwise(canvases):
+        opened, confidence = before == model.config.mask_id, torch.ones(before.shape)
+        logits = guided_logits(model, before, opened, fast, 0.0, None, opened)
+        tokens, probability = choose_tokens(logits, 0.0, None, [model.config.mask_id])
+        confidence[opened.cpu()] = probability.cpu()
+        parts = (before, before.masked_scatter(opened, tokens), confidence, after != before)
+        steps.append(Step(*(part[0, width:].tolist() for part in parts)))
+    return steps
+
+
+def denoising_view(example: data.Example, steps: list[Step]) -> str:
+    """The prompt, the answer after each step of its denoising, and the answer expected."""
     lines = [data.TINY.decode(example.prompt).strip()]
-
-    def watch(canvas: Tensor) -> None:
-        answer = canvas[0, prompt.shape[1] :].tolist()
-        lines.append(f"step {len(lines):2d} |{canvas_text(answer)}")
-
-    generate(model, prompt, plan_blocks(len(example.response)), fast=fast, watch=watch)
+    answers = [step.before for step in steps[1:]] + [steps[-1].proposal]
+    lines += [f"step {i:2d} |{canvas_text(ids)}" for i, ids in enumerate(answers, 1)]
     return "\n".join([*lines, f"expected|{data.TINY.decode(example.response)}"])
 
 
@@ -335,6 +359,7 @@ def build_parser() -> Parser:
     names = ("base", "mdlm", "memdlm")
     flag("--model", choices=names, default="memdlm", help="which of its models")
     flag("--seed", type=whole(0), help="which of its seeds; without it, the first")
+    flag("--draw", type=whole(0), default=0, help="which of its fine-tuning sets")
     answer_flags(flag)
     decoding_flags(flag)
     write_flags(flag)
@@ -351,7 +376,8 @@ def run(arguments: list[str]) -> None:
         names = ("write", "write_lr", "write_rank", "write_passes", "anchor_ratio")
         parser.refuse(args, names, "says how a memory is written: add --memory")
     write = write_of(parser, args, config) if args.memory else None
-    model, _ = memdlm.open_run(Path(args.run), seed, args.model, pick_device(args.device))
+    device = pick_device(args.device)
+    model, _ = memdlm.open_run(Path(args.run), seed, args.draw, args.model, device)
     blocks = plan_blocks(args.length, args.steps, args.block_length)
 
     def answer(model: Transformer, prompt: Tensor, **options) -> Tensor:

@@ -115,7 +115,7 @@ def exposure_records(readers: list[Reader], cell: Cell, predictions: Predictions
             walks = as_floats(answer["walk"] for answer in predictions.of(reader, cell))
             curves[reader.method] = walks.mean(axis=0).tolist()  # (pairs, steps, 3) -> (steps, 3)
             denominators[reader.method] = plain
-    return bias_records(curves, denominators, cell.seed)
+    return [one | {"seed": cell.seed} for one in bias_records(curves, denominators)]
 
 
 def results_of(readers: list[Reader], cells: list[Cell], predictions: Predictions) -> dict:

@@ -26,17 +26,17 @@ from pathlib import Path
 
 import numpy as np
 
-import eval_niah
 from eval_niah import (
-    Row,
+    COLOURS,
+    ROWS,
     difference_table,
     distinct,
     draw_exposure,
     draw_panels,
-    draw_scores,
     exposure_table,
     markdown,
     matching,
+    mean_by,
     mean_of,
     new_figure,
     number_text,
@@ -44,12 +44,6 @@ from eval_niah import (
     score_table,
 )
 
-# The paper's rows, and two that it does not have: a memory for models not trained with one.
-ROWS = eval_niah.ROWS | {
-    "base_inference": Row("Base, memory at inference", "base", True),
-    "mdlm_inference": Row("Standard MDLM, memory at inference", "mdlm", True),
-}
-COLOURS = eval_niah.COLOURS | {"base_inference": "black", "mdlm_inference": "tab:orange"}
 # Each checkpoint's row without a memory, and its row with one.
 PLAIN = {row.checkpoint: method for method, row in ROWS.items() if not row.memory}
 WITH_MEMORY = {row.checkpoint: method for method, row in ROWS.items() if row.memory}
@@ -195,6 +189,19 @@ def draw_depths(records: list[dict], path: Path) -> None:
 # ---- curves ----------------------------------------------------------------------------------
 
 
+def draw_scores(records: list[dict], path: Path) -> None:
+    """The score over the length, one panel for each task."""
+    panels = []
+    for task in distinct(records, "task"):
+        lines, found = [], matching(records, task=task)
+        for method in distinct(found, "method"):
+            points = mean_by(matching(found, method=method), "length", "score")
+            lines.append((*points, {"color": COLOURS.get(method), "marker": "o"}, title(method)))
+        labels = {"title": task, "xlabel": "length in tokens", "ylabel": "score"}
+        panels.append({"lines": lines, "ylim": (-0.03, 1.03), **labels})
+    draw_panels(panels, path)
+
+
 def draw_sweep(swept: list[dict], records: list[dict], path: Path) -> None:
     """Score over the anchor ratio (Fig. 8), a panel for each task and length. The row of the same
     checkpoint without a memory is a level line."""
@@ -220,7 +227,7 @@ def draw_pictures(results: dict, out: Path) -> None:
     swept = [one for one in scored if "@" in one["method"]]
     over_length = [one for one in scored if one not in swept]
     if over_length:
-        draw_scores(over_length, out / "niah.png", title, COLOURS)
+        draw_scores(over_length, out / "niah.png")
     if swept:
         draw_sweep(swept, scored, out / "anchor_ratio.png")
     if results["depths"]:

@@ -25,10 +25,11 @@ import sample
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "--tiny --pretrain-steps 4 --pretrain-batch 4 --steps 3 --examples 4 --batch 2 --length 64 "
-    "--save-every 2 --device cpu"
+    "--stretch 1 --draws 1 --control-lr --save-every 2 --device cpu"
 ).split()
-ASKED = "--samples 2 --lengths 64 --tasks cwe --bias-steps 2 --write-passes 1".split()
-DRAWING = ("draw_scores", "draw_exposure", "draw_losses")
+SEVERAL = "--seeds 2 --draws 2 --control-lr 1e-4".split()  # of the run that most tests read
+ASKED = "--samples 2 --lengths 64 --memory-lengths 64 --tasks cwe --bias-steps 2".split()
+ASKED += ["--write-passes", "1"]
 NAMES = ("base", "mdlm", "memdlm")
 PROMPT = "river holds 47. Question: what does river hold? Answer:"
 
@@ -40,7 +41,7 @@ def train(*arguments) -> None:
     Losses are measured on 4 examples: measuring 64 would be most of the work of so short a run."""
     measure_losses = memdlm.measure_losses
 
-    def measure_four(model, train_set: list, held_out: list, *rest) -> dict:
+    def measure_four(model, train_set: list, held_out: list, *rest, repeats: int) -> dict:
         parts = [train_set[0], held_out[0]]
         few = [[data.Batch(part.x0[:4], part.maskable[:4], None)] for part in parts]
         return measure_losses(model, *few, *rest)
@@ -51,8 +52,8 @@ def train(*arguments) -> None:
 
 def evaluate(run: Path, out: Path, *arguments, pictures: bool = False) -> dict:
     """eval_niah.py on a run: its results. Drawing takes longer than all the rest together."""
-    drawing = {name: getattr(eval_niah, name) if pictures else mock.Mock() for name in DRAWING}
-    with mock.patch.multiple(eval_niah, **drawing):
+    draw = eval_niah.draw_pictures if pictures else mock.Mock()
+    with mock.patch.object(eval_niah, "draw_pictures", draw):
         eval_niah.run(["--run", str(run), "--out", str(out), *ASKED, *map(str, arguments)])
     return results(out)
 
@@ -115,9 +116,10 @@ FOLDER = tempfile.TemporaryDirectory(prefix="memdlm-tests-")  # deleted when the
 
 @functools.cache
 def finished() -> Path:
-    """The run that most tests read: two seeds, evaluated, with pictures. Nobody writes to it."""
+    """The run that most tests read: two seeds with two draws and a control, evaluated, with
+    pictures. Nobody writes to it."""
     out = Path(FOLDER.name) / "finished"
-    train("--seeds", 2, "--out", out)
+    train(*SEVERAL, "--out", out)
     evaluate(out, out, pictures=True)
     return out
 
@@ -132,9 +134,15 @@ def results(run: Path) -> dict:
     return json.loads((run / "results.json").read_text(), parse_constant=pytest.fail)
 
 
-def weights(run: Path, seed: int = 0) -> dict:
-    """The tensors of a seed's checkpoints: {"base": {"model.embedding.weight": ...}, ...}."""
-    return {name: load_file(run / f"seed{seed}" / f"{name}.safetensors") for name in NAMES}
+def checkpoint(run: Path, name: str, seed: int = 0, draw: int = 0) -> Path:
+    """Where a model of a run lies: a base beside its draws, a fine-tuned one in its draw."""
+    folder = run / f"seed{seed}"
+    return (folder if name == "base" else folder / f"draw{draw}") / f"{name}.safetensors"
+
+
+def weights(run: Path, seed: int = 0, draw: int = 0) -> dict:
+    """The tensors of a draw's checkpoints: {"base": {"model.embedding.weight": ...}, ...}."""
+    return {name: load_file(checkpoint(run, name, seed, draw)) for name in NAMES}
 
 
 def differing(one: dict, other: dict) -> set[str]:

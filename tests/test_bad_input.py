@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from running import ASKED, PROMPT, TINY, copy_of_finished, finished, refusal, stamps
+from running import ASKED, PROMPT, SEVERAL, TINY, copy_of_finished, finished, refusal, stamps
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -31,7 +31,8 @@ BAD_FLAGS = {  # beside the usual ones; the line names the last of them
     "memdlm": (
         "--wings 2; --pretrain-step 3; --steps; --steps 1.5; --steps -1; --steps ²; --steps --5; "
         "--pretrain-steps 0; --pretrain-batch 3; --pretrain-lr -1; --examples 3; --noise 2; "
-        "--length 10; --batch 0; --seeds 0; --seed -1; --seed 99999999999999999999; --device tpu; "
+        "--length 10; --wording odd; --stretch 0; --draws 0; --control-lr nan; --batch 0; "
+        "--seeds 0; --seed -1; --seed 99999999999999999999; --device tpu; "
         "--save-every 0; --lr nan; --lr inf; --lr fast; --lr 1e-320; --warmup 1.1; --clip -1; "
         "--loss-norm tokens; --memory-rank 0; --memory-alpha nan; --memory-lr -1; "
         "--memory-clip -1; --memory-fraction 0; --memory-scope world; --memory-steps 0; "
@@ -39,13 +40,14 @@ BAD_FLAGS = {  # beside the usual ones; the line names the last of them
         "--start-scale 0.5; --lora-rank 8; --samples 8; --data pairs.jsonl; --max-length 9"
     ),
     "sample": (
-        "--model gpt; --length 0; --length 4097; --steps 0; --length 16 --steps 17; "
+        "--model gpt; --draw -1; --length 0; --length 4097; --steps 0; --length 16 --steps 17; "
         "--length 16 --block-length 4 --steps 3; --block-length 0; --threshold 2; --seed x; "
         "--temperature -1; --temperature 1e-320; --cfg-scale nan; --mem; --write paper; "
         "--write-lr 1; --write-rank 4; --write-passes 2; --anchor-ratio 0.5; --memory --write poem"
     ),
     "eval_niah": (
-        "--tasks; --tasks chess; --lengths 10; --lengths 96 nine; --length 96; --samples 0; "
+        "--tasks; --tasks chess; --memory-lengths 10; --memory-draws -1; --lengths 10; "
+        "--lengths 96 nine; --length 96; --samples 0; "
         "--bias-steps 1; --steps 0; --block-length 0; --threshold -1; --write poem; "
         "--write-rank 0; --write-lr inf; --anchor-ratio 0.5"
     ),
@@ -58,6 +60,7 @@ CASES = [
     ("sample", "--run {run}", "--prompt"),
     ("sample", "--run {out} --prompt x", "{out}"),
     ("sample", "--run {run} --prompt x --seed 7", "seed7"),
+    ("sample", "--run {run} --prompt x --draw 7", "draw7"),
     ("sample", "--run {run} --prompt x --memory --anchor-ratio 0.5", "--write paper"),
     ("eval_niah", "", "--run"),
     ("eval_niah", "--run {out}", "{out}"),
@@ -99,7 +102,7 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path, capsys, kind):
     run = copy_of_finished(tmp_path)
     spoil(run / "seed0/base.safetensors", kind)
     before = stamps(run / "seed0")
-    resume = [*TINY, "--seeds", 2, "--out", run, "--resume"]
+    resume = [*TINY, *SEVERAL, "--out", run, "--resume"]
     ask = ["--run", run, "--model", "base", "--prompt", PROMPT]
     score = ["--run", run, *ASKED, "--out", tmp_path / "eval"]
     assert "base.safetensors" in refusal(capsys, memdlm.main, *resume)

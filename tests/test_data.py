@@ -216,6 +216,23 @@ def test_padding_is_a_target_and_the_prompt_never_is():
     assert batch.attention_mask is None
 
 
+@pytest.mark.parametrize("task", data.TASKS)
+def test_new_wording_asks_the_same_in_other_words(task):
+    """The same haystacks and the same answers; the question keeps what it asks about and its
+    punctuation, has another word in place of each of the others, and was never in pretraining."""
+    old, new = (data.make_examples(task, 6, 96, 0, wording=wording) for wording in data.WORDINGS)
+    assert [e.response for e in old] == [e.response for e in new]
+    assert [e.references for e in old] == [e.references for e in new]
+    common = {TINY.pieces(" " + word)[0] for word in data.OTHER.split()}
+    for before, after in zip(old, new):
+        assert len(before.prompt) == len(after.prompt)
+        start = before.prompt.index(TINY.pieces(" Question")[0])
+        assert before.prompt[:start] == after.prompt[:start]
+        for one, other in zip(before.prompt[start:], after.prompt[start:]):
+            assert (one != other) == (one in common)
+        assert TINY.pieces(" Answer:")[0] not in after.prompt
+
+
 # ---- command lines -------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ import data
 import eval_niah
 import memdlm
 import sample
+from model import read_json
 
 # ---- scores --------------------------------------------------------------------------------------
 
@@ -34,8 +35,9 @@ def test_a_score_is_the_share_of_references_found(prediction, score):
 def test_the_oracle_scores_1_and_silence_0(model, task, monkeypatch):
     """A model that says the true answer has all points on every task, one that says nothing has
     none: the references are in the answers, and prompts do not count."""
-    asked = SimpleNamespace(samples=40, steps=None, block_length=None, threshold=None)
-    examples = data.make_examples(task, 40, 96, data.split_seed(5, "test"))
+    plan = {"steps": None, "block_length": None, "threshold": None}
+    asked = SimpleNamespace(samples=40, wording="old", **plan)
+    examples = data.make_examples(task, 40, 96, data.split_seed(5, "test 0"))
     answer = {tuple(example.prompt): example.response for example in examples}
 
     def oracle(model, prompts, blocks, **options):
@@ -46,7 +48,7 @@ def test_the_oracle_scores_1_and_silence_0(model, task, monkeypatch):
 
     for speaker, score in ((oracle, 1), (silence, 0)):
         monkeypatch.setattr(sample, "generate", speaker)
-        record = eval_niah.score_cell({"base": model}, "base", task, 96, 5, asked)
+        record = eval_niah.score_cell(model, False, task, 96, 5, 0, asked)
         assert (record["score"], record["n"]) == (score, 40), f"{speaker.__name__} on {task}"
 
 
@@ -162,11 +164,12 @@ def test_a_model_led_astray_by_its_own_mistake_has_exposure_bias():
 def test_the_ratio_is_against_the_static_loss_without_a_memory():
     """Both MemDLM rows have one denominator. With its own, a memory that lowers both losses would
     look as if it had changed nothing."""
-    records = eval_niah.matching(results(finished())["exposure_bias"], seed=0)
+    records = eval_niah.matching(results(finished())["exposure_bias"], seed=0, draw=0)
     static = {(record["method"], record["mask_ratio"]): record["static"] for record in records}
     for record in records:
         method, ratio = record["method"], record["mask_ratio"]
-        plain = "memdlm_train" if method == "memdlm_train_inference" else method
+        plain = {"memdlm_train_inference": "memdlm_train"}.get(method, method)
+        plain = plain.removesuffix("_inference")
         assert record["ratio"] == pytest.approx(record["sequential"] / static[plain, ratio])
     assert static["memdlm_train_inference", 1] != static["memdlm_train", 1], "no memory was read"
 
@@ -182,7 +185,127 @@ def test_measured_noise_levels_cover_0_to_1_however_examples_are_batched(size):
     assert t.tolist() == [anchor.t.item() for anchor in memdlm.even_anchors([one_by_one] * 6, 3)]
 
 
+# ---- the frontier: learnt against kept -----------------------------------------------------------
+
+
+def test_the_frontier_says_what_losses_and_scores_say():
+    """For each fine-tuning of each draw: learnt is its last training loss without a memory, kept
+    the mean of its scores without one; and the base is Standard MDLM at rate 0."""
+    found = results(finished())
+    points = found["frontier"]
+    rates = [(0.0, "base", "base"), (5e-4, "mdlm", "mdlm"), (1e-4, "mdlm-0.0001", "mdlm-0.0001")]
+    for unit in ({"seed": seed, "draw": draw} for seed in (0, 1) for draw in (0, 1)):
+        mine = eval_niah.matching(points, **unit)
+        assert len(mine) == 4
+        for rate, arm, row in [*rates, (5e-4, "memdlm", "memdlm_train")]:
+            method = "memdlm" if arm == "memdlm" else "mdlm"
+            [point] = eval_niah.matching(mine, method=method, lr=rate)
+            step, arm = (0, "mdlm") if arm == "base" else (3, arm)
+            [loss] = eval_niah.matching(found["loss"], method=arm, step=step, **unit)
+            [score] = eval_niah.matching(found["niah"], method=row, **unit)
+            assert point["learnt"] == loss["train_without_memory"]
+            assert point["kept"] == {"1x": score["score"]}
+
+
+def frontier(units: list[tuple[float, float]]) -> list[dict]:
+    """Points of some units. Standard MDLM keeps .2 at loss .4, .6 at 1.2 and .8 at 2.0; MemDLM is
+    where the units say."""
+    points = []
+    for draw, (learnt, kept) in enumerate(units):
+        places = [("mdlm", 1e-3, 0.4, 0.2), ("mdlm", 1e-4, 1.2, 0.6), ("mdlm", 0.0, 2.0, 0.8)]
+        for method, rate, x, y in [*places, ("memdlm", 1e-3, learnt, kept)]:
+            point = {"method": method, "lr": rate, "seed": 0, "draw": draw, "learnt": x}
+            points.append(point | {"kept": {"4x": y}})
+    return points
+
+
+@pytest.mark.parametrize(
+    ("learnt", "kept", "gain"),
+    [(0.8, 0.5, 0.1), (1.2, 0.5, -0.1), (1.6, 0.7, 0.0), (0.1, 0.2, 0.0), (3.0, 0.9, 0.1)],
+)
+def test_methods_are_compared_at_equal_learnt_loss(learnt, kept, gain):
+    """On the straight line between Standard MDLM's two nearest rates; where MemDLM has learnt more
+    or less than any of them, with the nearest."""
+    points = frontier([(learnt, kept)])
+    assert eval_niah.gains_at_equal_loss(points, "4x") == pytest.approx([gain])
+
+
+@pytest.mark.parametrize(
+    ("kept", "verdict"),
+    [((0.5, 0.51, 0.49), "is more than"), ((0.3, 0.31, 0.29), "does better"), ((0.2, 0.6), "no")],
+)
+def test_the_headline_says_what_its_interval_allows(kept, verdict):
+    """Above zero, below zero, or neither: the sentence goes by the 95% interval over draws."""
+    headline = eval_niah.headline_of(frontier([(0.8, one) for one in kept]))
+    gains = [one - 0.4 for one in kept]
+    mean, half = eval_niah.t_interval(gains)
+    assert (headline["difference"], headline["n"]) == (pytest.approx(mean), len(kept))
+    assert headline["ci95"] == pytest.approx([mean - half, mean + half])
+    assert verdict in headline["text"]
+
+
+def test_a_headline_that_cannot_be_had_is_none():
+    """No score at 4x; or no loss, because training has exploded. One draw has no interval."""
+    assert results(finished())["headline"] is None
+    points = frontier([(0.8, 0.5)])
+    assert eval_niah.headline_of(points)["ci95"] is None
+    points[0]["learnt"] = None
+    assert eval_niah.headline_of(points) is None
+    assert eval_niah.headline_of(points + frontier([(0.8, 0.5)] * 2)[4:])["n"] == 1
+
+
+# ---- pictures of one example ---------------------------------------------------------------------
+
+
+def test_the_memory_picture_shows_the_inner_loop(make_model):
+    """Before it, the NLL of the plain model; after each stage, that under its fast weights. Noisy
+    are the words that the true answer does not have."""
+    model, config = make_model(torch.float32), read_json(finished() / "config.json")
+    config |= {"memory_lr": 0.5, "memory_fraction": 0.5, "noise": 0.5}
+    pairs = [memdlm.noisy_pairs(config, 0, 0, noise)[0] for noise in (0.5, 0)]
+    view = eval_niah.memory_view(model, config, 0, *pairs)
+    assert view["noisy"] == [a != b for a, b in zip(*(pair.response for pair in pairs))]
+    assert 0 < sum(view["noisy"]) < len(view["noisy"])
+    batch = data.collate([pairs[0]])
+    logits = model(memdlm.corrupt(batch.x0, batch.maskable, data.MASK))[batch.maskable]
+    nll = torch.nn.functional.cross_entropy(logits, batch.x0[batch.maskable], reduction="none")
+    assert view["nll"][0] == pytest.approx(nll.tolist(), rel=1e-4)
+    before, first, second = (sum(curve) for curve in view["nll"])
+    assert second < first < before, "the inner loop learns this pair"
+
+
+def test_the_denoising_picture_shows_the_answer_that_is_given(sharp):
+    """Each step commits the place of its largest confidence; the last one leaves the answer of
+    `generate`."""
+    example = data.make_examples("mv", 1, 96, 0)[0]
+    states = sample.denoising_states(sharp, example)
+    blocks = sample.plan_blocks(len(example.response))
+    answer = sample.generate(sharp, torch.tensor([example.prompt]), blocks)[0].tolist()
+    assert states[-1].proposal == answer
+    for state in states:
+        opened = [token == data.MASK for token in state.before]
+        best = max(c for c, is_open in zip(state.confidence, opened) if is_open)
+        assert state.committed.index(True) == state.confidence.index(best)
+        assert sum(state.committed) == 1
+
+
 # ---- tables --------------------------------------------------------------------------------------
+
+
+def test_sequential_losses_are_compared_at_equal_static_loss():
+    """Standard MDLM: L_seq 1 at L_static .2, 3 at .6. MemDLM has 1.5 at .4, where Standard MDLM
+    would have 2: it is hurt less by its own mistakes, whatever the ratios say."""
+    records = []
+    for method, static, sequential in (
+        ("base", 0.2, 1.0),
+        ("mdlm", 0.6, 3.0),
+        ("mdlm-0.0001", 0.6, 3.0),
+        ("memdlm_train", 0.4, 1.5),
+        ("mdlm_inference", 0.4, 9.0),
+    ):
+        record = {"method": method, "mask_ratio": 0.5, "seed": 0, "draw": 0}
+        records.append(record | {"static": static, "sequential": sequential})
+    assert eval_niah.sequential_at_equal_static(records).endswith("-0.500")
 
 
 def scored(method: str, task: str, length: int, score: float | None, seed: int = 0) -> dict:
@@ -208,7 +331,7 @@ def test_a_score_table_has_means_over_seeds_and_tasks():
     assert set(mdlm[1:]) <= {"-", "**-**"}
 
 
-def test_differences_are_paired_by_seed():
+def test_differences_are_paired_by_seed_and_draw():
     """Two rows that swing together from seed to seed differ by 0.1 ± 0.13 (t = 12.706 for two
     seeds); unpaired, the swing would hide it. One seed has no interval."""
     records = []
@@ -228,7 +351,7 @@ def test_the_report_says_where_its_numbers_come_from():
     """Each row, the seeds and examples, the machine and the writing rule: a table without them
     cannot be compared with another."""
     text = (finished() / "table.md").read_text()
-    known = ["[0, 1]", "2 examples", "cpu", "float32", torch.__version__, "surprise"]
+    known = ["[0, 1]", "4 draws", "2 examples", "cpu", "float32", torch.__version__, "surprise"]
     known += [f"| {row.title} |" for row in eval_niah.ROWS.values()]
     assert not [words for words in known if words not in text]
 

@@ -29,14 +29,15 @@ CHANGED = {  # group of flags -> the checkpoints that they change
 }
 GROUPS = {
     "pretraining": "--pretrain-steps 3; --pretrain-batch 8; --pretrain-lr 1e-3; --length 80",
-    "fine-tuning set": "--noise 0; --examples 8",
+    "fine-tuning set": "--noise 0; --examples 8; --stretch 2; --wording new",
     "outer loop": "--steps 3; --batch 4; --lr 1e-2; --warmup 1; --clip 0.01; --loss-norm batch; "
     "--loss-norm sequence",
     "inner loop": "--memory-rank 4 --memory-alpha 8; --memory-alpha 64; --memory-lr 0.1; "
     "--memory-clip 0.01; --memory-fraction 1; --memory-scope batch; --memory-epochs 2; "
     "--start-scale 3; --memory-steps 1; --memory-strategy anchor_only; --memory-loss kl; "
     "--memory-targets newly_revealed",
-    "no number": "--save-every 1; --memory-strategy consistent; --memory-clip 1e9",
+    "no number": "--save-every 1; --draws 2; --control-lr 1e-5; --memory-strategy consistent; "
+    "--memory-clip 1e9",
 }
 
 
@@ -44,7 +45,7 @@ def trained(out: Path, flags: str) -> dict:
     """The weights of a very short run. Nothing is measured, and the base is taken where it fits."""
     pretrained_here = re.search("--pretrain|--length", flags)
     bases = [] if pretrained_here else ["--bases", finished()]
-    with mock.patch.object(memdlm, "measure_losses", return_value={}):
+    with mock.patch.object(memdlm, "measure_losses", return_value={"overshoot": 0.0}):
         train(*USUAL.split(), *flags.split(), *bases, "--out", out)
     return weights(out)
 
@@ -94,9 +95,10 @@ def reading(short_run):
     ["--write-lr 0.1", "--write-rank 4", "--write-passes 2", PAPER, f"{PAPER} --anchor-ratio 0.9"],
 )
 def test_flags_of_the_writing_change_the_row_that_writes(reading, flags):
-    """MemDLM (Train & Inference) reads with another memory; rows without one keep every bit."""
+    """Rows that write their prompts read with another memory; the others keep every bit."""
     one, other = reading(flags), reading(PAPER if "--anchor-ratio" in flags else "")
-    assert {m for m in one if one[m] != other[m]} == {"memdlm_train_inference"}
+    writing = {method for method, row in eval_niah.ROWS.items() if row.memory}
+    assert {m for m in one if one[m] != other[m]} == writing
 
 
 def test_decoding_flags_decide_the_plan(short_run, tmp_path, monkeypatch):
@@ -108,6 +110,20 @@ def test_decoding_flags_decide_the_plan(short_run, tmp_path, monkeypatch):
     evaluate(short_run, tmp_path, *"--steps 4 --block-length 2 --threshold 0.9".split())
     assert [(0, 2, [1, 1]), (2, 4, [1, 1])] in plans
     assert 0.9 in [call.kwargs.get("threshold") for call in generate.call_args_list]
+
+
+def test_memory_lengths_and_draws_decide_what_is_written(tmp_path):
+    """--memory-lengths: where prompts are written; --memory-draws: for how many of each seed's
+    fine-tuning sets. What is read without a memory is read everywhere."""
+    flags = "--lengths 64 80 --memory-lengths 80 --memory-draws 2 --tasks cwe".split()
+    scores = evaluate(finished(), tmp_path / "both", *flags)["niah"]
+    for method, row in eval_niah.ROWS.items():
+        places = {(one["seed"], one["draw"]) for one in eval_niah.matching(scores, method=method)}
+        lengths = eval_niah.distinct(eval_niah.matching(scores, method=method), "length")
+        assert places == {(0, 0), (0, 1), (1, 0), (1, 1)}
+        assert lengths == ([80] if row.memory else [64, 80])
+    scores = evaluate(finished(), tmp_path / "none", *flags, "--memory-draws", 0)["niah"]
+    assert not [one for one in scores if one["method"].endswith("inference")]
 
 
 # ---- sample.py -----------------------------------------------------------------------------------
@@ -145,6 +161,7 @@ def test_sample_is_reproducible_and_its_flags_matter(capsys):
     assert say(capsys, finished(), *hot) != say(capsys, finished(), *hot, "--seed", 1)
     assert say(capsys, finished(), *hot) != say(capsys, finished(), *hot, "--cfg-scale", 1e4)
     assert say(capsys, finished(), *hot) != say(capsys, finished(), *hot, "--model", "base")
+    assert say(capsys, finished(), *hot) != say(capsys, finished(), *hot, "--draw", 1)
     written = ["--memory", "--write-lr", 5, "--write-rank", 4, "--write-passes", 2]
     assert len(say(capsys, finished(), *hot, *written)) == len(plain)
 
