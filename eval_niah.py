@@ -29,6 +29,7 @@ Glossary
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -225,7 +226,7 @@ def as_floats(values: Iterable[float | None]) -> np.ndarray:
 
 def distinct(records: list[dict], key: str) -> list:
     """The values of a field in their first order."""
-    return list(dict.fromkeys(record[key] for record in records))
+    return distinct_values(record[key] for record in records)
 
 
 def matching(records: list[dict], **where) -> list[dict]:
@@ -258,19 +259,20 @@ def frontier_of(results: dict, config: dict) -> list[dict]:
     """What each fine-tuning has learnt, the training loss without a memory, and what the model has
     kept, its scores: {"method", "lr", "draw", "seed", "learnt", "kept": {"1x": score, ...}}. The
     base is Standard MDLM at rate 0."""
-    row_of, points = {"mdlm": "mdlm", "memdlm": "memdlm_train"}, []
-    losses, scores = by_unit(results["loss"]), by_unit(results["niah"])
-    for (seed, draw), logged in losses.items():
-        runs = [(name, max(distinct(logged, "step")), *arms(config)[name]) for name in arms(config)]
-        for name, step, method, rate in [("base", 0, "mdlm", 0.0), *runs]:
-            found = matching(logged, method="mdlm" if name == "base" else name, step=step)
-            scored = matching(scores[seed, draw], method=row_of.get(name, name))
-            kept = {}
+    points, scores = [], by_unit(results["niah"])
+    for (seed, draw), logged in by_unit(results["loss"]).items():
+        # Of the base, the loss is what Standard MDLM's log says before its first step.
+        ends = [("base", "mdlm", 0.0, matching(logged, method="mdlm")[0])]
+        for name, (method, rate) in arms(config).items():
+            row = "memdlm_train" if name == "memdlm" else name
+            ends.append((row, method, rate, matching(logged, method=name)[-1]))
+        for row, method, rate, loss in ends:
+            scored, kept = matching(scores[seed, draw], method=row), {}
             for length in distinct(scored, "length"):
                 times = f"{length / config['length']:g}x"
                 kept[times] = mean_of(matching(scored, length=length), "score")
             point = {"method": method, "lr": rate, "draw": draw, "seed": seed}
-            points.append(point | {"learnt": found[0]["train_without_memory"], "kept": kept})
+            points.append(point | {"learnt": loss["train_without_memory"], "kept": kept})
     return points
 
 
@@ -280,38 +282,47 @@ def at_equal(points: Sequence[tuple[float, float]], x: float) -> float:
     return float(np.interp(x, xs, ys))
 
 
-def gains_at_equal_loss(points: list[dict], times: str) -> list[float]:
-    """For each unit, MemDLM's score minus that of Standard MDLM where it has learnt as much. A unit
-    with a loss that is no number has none."""
-    gains = []
-    for found in by_unit(points).values():
+def gains_at_equal_loss(points: list[dict], times: str) -> dict[tuple, float]:
+    """(seed, draw) -> MemDLM's score minus that of Standard MDLM where it has learnt as much. A
+    unit with a loss that is no number is left out."""
+    gains = {}
+    for unit, found in by_unit(points).items():
         standard = [(one["learnt"], one["kept"][times]) for one in matching(found, method="mdlm")]
         [ours] = matching(found, method="memdlm")
         if None not in (ours["learnt"], *(learnt for learnt, _ in standard)):
-            gains.append(ours["kept"][times] - at_equal(standard, ours["learnt"]))
+            gains[unit] = ours["kept"][times] - at_equal(standard, ours["learnt"])
     return gains
 
 
 def headline_of(points: list[dict], times: str = "4x") -> dict | None:
     """The one comparison that was chosen beforehand: Train-Only minus Standard MDLM at equal learnt
-    loss. None where it cannot be made: without scores at that length, or without a loss."""
-    gains = gains_at_equal_loss(points, times) if times in points[0]["kept"] else []
+    loss. Its interval is over draws; the verdict goes by the means of bases, since draws of one
+    base are not independent. None where there is no score at that length, or no loss."""
+    gains = gains_at_equal_loss(points, times) if times in points[0]["kept"] else {}
     if not gains:
         return None
-    mean, half = t_interval(gains)
+    mean, half = t_interval(list(gains.values()))
     interval = [mean - half, mean + half] if math.isfinite(half) else None
-    text = f"MemDLM (Train-Only) minus Standard MDLM at equal learnt loss, {times}: {mean:+.3f}"
-    if interval is None:
-        text += ", one draw: no interval"
-    else:
-        text += f" [{interval[0]:+.3f}, {interval[1]:+.3f}], n = {len(gains)} draws: "
-        if interval[0] > 0:
-            text += "the memory is more than a lower rate"
-        elif interval[1] < 0:
-            text += "a lower rate does better than the memory"
-        else:
-            text += "no difference is shown from a lower rate"
-    return {"difference": mean, "ci95": interval, "n": len(gains), "text": text + "."}
+    bases: dict[int, list[float]] = {}
+    for (seed, _), gain in gains.items():
+        bases.setdefault(seed, []).append(gain)
+    by_base = [float(np.mean(found)) for found in bases.values()]
+    text = f"MemDLM (Train-Only) minus Standard MDLM at equal learnt loss, {times}: "
+    text += (
+        f"{difference_text(list(gains.values()))}, {len(gains)} of {len(by_unit(points))} draws; "
+    )
+    text += f"by base {difference_text(by_base)}, n = {len(by_base)}: {verdict_on(by_base)}."
+    return {"difference": mean, "ci95": interval, "n": len(gains), "text": text}
+
+
+def verdict_on(gains: list[float]) -> str:
+    """What the 95% interval of the gains of independent bases allows to say."""
+    mean, half = t_interval(gains)
+    if not math.isfinite(half):
+        return "one base decides nothing"
+    if mean - half > 0:
+        return "the memory is more than a lower rate"
+    return "a lower rate does better" if mean + half < 0 else "no difference is shown"
 
 
 # ---- tables ----------------------------------------------------------------------------------
@@ -403,8 +414,8 @@ def frontier_table(points: list[dict]) -> str:
         cells += [interval_text(one["kept"][times] for one in found) for times in lengths]
         name = f"{title('memdlm_train' if method == 'memdlm' else method)}, rate {rate:g}"
         rows.append([name if rate else title("base"), *cells])
-    gains = [difference_text(gains_at_equal_loss(points, times)) for times in lengths]
-    rows.append(["difference at equal learnt loss", "", *gains])
+    gains = [list(gains_at_equal_loss(points, times).values()) for times in lengths]
+    rows.append(["difference at equal learnt loss", "", *map(difference_text, gains)])
     return markdown(["frontier", "learnt (training loss)", *(f"kept {x}" for x in lengths)], rows)
 
 
@@ -456,7 +467,8 @@ def report(results: dict) -> str:
     seeds, units = distinct(results["niah"], "seed"), by_unit(results["niah"])
     n, rule = results["niah"][0]["n"], results["config"]["evaluation"]["write"]
     head = f"Seeds {seeds}, {len(units)} draws, {n} examples a cell; {where}; "
-    tables = [head + f"prompts are written by {rule}.", difference_table(results)]
+    head += f"prompts are written by {rule}, for the first draws of a seed alone."
+    tables = [head, difference_table(results)]
     for length in distinct(results["niah"], "length"):
         tables.append(score_table(matching(results["niah"], length=length)))
     tables.append(exposure_table(results["exposure_bias"]))
@@ -550,7 +562,8 @@ def draw_frontier(points: list[dict], path: Path) -> None:
     """Learnt against kept, a curve through the rates of each method, both from the base on. Means
     and 95% t-intervals over units; thin lines are single units. Kept: at 4x, or at the longest."""
     points = [one | {"learnt": as_floats([one["learnt"]])[0]} for one in points]
-    times = "4x" if "4x" in points[0]["kept"] else list(points[0]["kept"])[-1]
+    longest = max(points[0]["kept"], key=lambda times: float(times[:-1]))
+    times = "4x" if "4x" in points[0]["kept"] else longest
     figure, [[axis]] = new_figure(1, 1, 6.5, 4.6)
     names = {"mdlm": "Standard MDLM", "memdlm": "MemDLM (Train-Only)"}
     for method, name in names.items():
@@ -605,7 +618,7 @@ def memory_view(model, config: dict, seed: int, pair: data.Example, true_pair) -
 
 
 def nll_of_true_words(view: dict) -> float:
-    """How badly the base predicts the words that are not noise; infinite where none is noise."""
+    """How badly the base predicts the words that are not noise, summed; infinite where none is."""
     known = [nll for nll, noisy in zip(view["nll"][0], view["noisy"]) if not noisy]
     return sum(known) if any(view["noisy"]) else math.inf
 
@@ -715,6 +728,15 @@ def measure_unit(args, config: dict, seed: int, draw: int, opened: dict[str, tup
     return results
 
 
+def digest_of(opened: dict[str, tuple]) -> int:
+    """A number that differs for other weights."""
+    digest = 0
+    for model, _ in opened.values():
+        for p in model.parameters():
+            digest = zlib.crc32(p.detach().cpu().numpy().tobytes(), digest)
+    return digest
+
+
 def measure_run(args, config: dict, identity: dict, opened: dict[tuple, dict]) -> dict:
     """The results of all seeds and draws of a run. Each draw's are kept in a file as soon as they
     are there: an evaluation that was stopped goes on where it was."""
@@ -722,8 +744,11 @@ def measure_run(args, config: dict, identity: dict, opened: dict[tuple, dict]) -
     for (seed, draw), models in opened.items():
         path = Path(args.out or args.run) / f"seed{seed}" / f"draw{draw}.json"
         measured = read_json(path) if path.exists() else {}
-        if measured.get("identity") != identity:
-            measured = {"identity": identity, **measure_unit(args, config, seed, draw, models)}
+        known = identity | {"weights": digest_of(models)}
+        if measured.get("identity") == known:
+            print(f"seed {seed}, draw {draw}: taken from {path}; delete it to measure again")
+        else:
+            measured = {"identity": known, **measure_unit(args, config, seed, draw, models)}
             write_json(path, measured)
         for name, records in results.items():
             records += measured[name]
@@ -735,7 +760,8 @@ def views_of(args, config: dict, opened: dict[str, tuple]) -> dict:
     training pair, and MemDLM's answers to a longer question without and with its prompt written."""
     seed, where = config["seed"], data.split_seed(config["seed"], "test 0")
     base, model = opened["base"][0], opened["memdlm"][0]
-    short, long = (data.make_examples("mv", 1, args.length * n, where)[0] for n in (1, 2))
+    asked = {"seed": where, "wording": args.wording}
+    short, long = (data.make_examples("mv", 1, args.length * n, **asked)[0] for n in (1, 2))
     prompt = torch.tensor([long.prompt], device=model.embedding.weight.device)
     fast = sample.write_prompt(model, prompt, args.how, seed)
     states = {"MemDLM, without a memory": sample.denoising_states(model, long)}
@@ -758,16 +784,29 @@ def draw_pictures(results: dict, views: dict, out: Path) -> None:
     draw_frontier(results["frontier"], out / "frontier.png")
 
 
+def choose_lengths(args, base: int) -> None:
+    """Puts the lengths in place that were not named; prompts are written where answers are asked
+    for, or not at all."""
+    lengths = args.lengths or [base * times for times in (1, 2, 4, 6)]
+    if args.memory_lengths is None:
+        args.memory_lengths = [4 * base] if 4 * base in lengths else []
+    elif not set(args.memory_lengths) <= set(lengths):
+        raise UserError("--memory-lengths must be among --lengths.")
+    args.lengths, args.memory_lengths = map(distinct_values, (lengths, args.memory_lengths))
+
+
+def distinct_values(values: Iterable) -> list:
+    """Each value once, in their first order."""
+    return list(dict.fromkeys(values))
+
+
 def run(arguments: list[str]) -> None:
     """Scores a run."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     config, device = read_config(Path(args.run)), pick_device(args.device)
-    for name, times in (("lengths", (1, 2, 4, 6)), ("memory_lengths", (4,))):
-        asked = getattr(args, name)
-        asked = [config["length"] * n for n in times] if asked is None else asked
-        setattr(args, name, list(dict.fromkeys(asked)))
-    args.tasks = list(dict.fromkeys(args.tasks))
+    choose_lengths(args, config["length"])
+    args.tasks = distinct_values(args.tasks)
     out, how = Path(args.out or args.run), sample.write_of(parser, args, config)
     elsewhere = ("run", "out", "device")
     own = {name: value for name, value in vars(args).items() if name not in elsewhere}

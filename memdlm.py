@@ -707,7 +707,9 @@ def fine_tune(args, model, name: str, seed: int, draw: int, folder: Path, device
     (method, rate), memory = arms(vars(args))[name], memory_of(vars(args))
     pairs = noisy_pairs(vars(args), seed, draw, args.noise)
     size, collate = min(args.batch, len(pairs)), partial(data.collate, device=device)
-    measured = [collate(pairs)], [collate(held_out_pairs(vars(args), seed))]
+    together = size if memory.scope == "batch" else len(pairs)  # then a batch shares a memory
+    parts = [pairs[start : start + together] for start in range(0, len(pairs), together)]
+    measured = [collate(part) for part in parts], [collate(held_out_pairs(vars(args), seed))]
 
     def losses_at(step: int) -> list[Tensor]:
         rng = np.random.default_rng([seed, draw, step])
@@ -732,6 +734,9 @@ def fine_tune(args, model, name: str, seed: int, draw: int, folder: Path, device
 def run_tiny(args: argparse.Namespace) -> None:
     """For each seed a base, and for each of its draws all arms, into OUT/seed<S>/draw<D>/."""
     out, device = Path(args.out), pick_device(args.device)
+    names = [f"{rate:g}" for rate in (*args.control_lr, args.lr)]
+    if len(set(names)) < len(names) or not all(0 < rate < args.lr for rate in args.control_lr):
+        raise UserError("--control-lr: give different rates above 0 and below --lr, or none.")
     start_run(out, settings(args), args.resume)
     for seed in range(args.seed, args.seed + args.seeds):
         folder = out / f"seed{seed}"
@@ -742,7 +747,8 @@ def run_tiny(args: argparse.Namespace) -> None:
                 fine_tune(args, model, name, seed, draw, folder / f"draw{draw}", device)
 
 
-# What says how many models a run has. It decides nothing about any one of them.
+# What says how many models a run has. It decides nothing about any one of them, so a checkpoint's
+# identity leaves it out.
 SEVERAL = ("seeds", "draws", "control_lr")
 
 
@@ -776,7 +782,8 @@ def read_config(out: Path, dial: str = "tiny") -> dict:
     if not (out / "config.json").exists():
         raise UserError(f"there is no run in {out} (no config.json): train one with memdlm.py.")
     config = read_json(out / "config.json")
-    if config.get("dial") != dial or not {"seed", "start_scale"} <= config.keys():
+    needed = {"seed", "start_scale"} | ({"control_lr", "wording"} if dial == "tiny" else set())
+    if config.get("dial") != dial or not needed <= config.keys():
         raise UserError(f"{out}/config.json is not that of a run of --{dial}.")
     return config
 

@@ -55,6 +55,10 @@ BAD_FLAGS = {  # beside the usual ones; the line names the last of them
 CASES = [
     ("memdlm", "", "--tiny"),
     ("memdlm", "--tiny now", "now"),
+    ("memdlm", "--tiny --out {out} --control-lr 1e-3 --lr 1e-3", "--control-lr"),
+    ("memdlm", "--tiny --out {out} --control-lr 1e-4 1.0000001e-4", "--control-lr"),
+    ("memdlm", "--tiny --out {out} --control-lr 0", "--control-lr"),
+    ("eval_niah", "--run {run} --out {out} --memory-lengths 80", "--memory-lengths"),
     ("memdlm", "--tiny --out {out} --resume", "{out}"),  # there is nothing to resume
     ("sample", "--prompt x", "--run"),
     ("sample", "--run {run}", "--prompt"),

@@ -207,14 +207,15 @@ def test_the_frontier_says_what_losses_and_scores_say():
             assert point["kept"] == {"1x": score["score"]}
 
 
-def frontier(units: list[tuple[float, float]]) -> list[dict]:
+def frontier(units: list[tuple[float, float]], draws: int = 9) -> list[dict]:
     """Points of some units. Standard MDLM keeps .2 at loss .4, .6 at 1.2 and .8 at 2.0; MemDLM is
-    where the units say."""
+    where the units say. draws: of one seed; then the next seed begins."""
     points = []
-    for draw, (learnt, kept) in enumerate(units):
+    for number, (learnt, kept) in enumerate(units):
+        seed, draw = divmod(number, draws)
         places = [("mdlm", 1e-3, 0.4, 0.2), ("mdlm", 1e-4, 1.2, 0.6), ("mdlm", 0.0, 2.0, 0.8)]
         for method, rate, x, y in [*places, ("memdlm", 1e-3, learnt, kept)]:
-            point = {"method": method, "lr": rate, "seed": 0, "draw": draw, "learnt": x}
+            point = {"method": method, "lr": rate, "seed": seed, "draw": draw, "learnt": x}
             points.append(point | {"kept": {"4x": y}})
     return points
 
@@ -227,16 +228,19 @@ def test_methods_are_compared_at_equal_learnt_loss(learnt, kept, gain):
     """On the straight line between Standard MDLM's two nearest rates; where MemDLM has learnt more
     or less than any of them, with the nearest."""
     points = frontier([(learnt, kept)])
-    assert eval_niah.gains_at_equal_loss(points, "4x") == pytest.approx([gain])
+    assert eval_niah.gains_at_equal_loss(points, "4x") == {(0, 0): pytest.approx(gain)}
 
 
 @pytest.mark.parametrize(
     ("kept", "verdict"),
-    [((0.5, 0.51, 0.49), "is more than"), ((0.3, 0.31, 0.29), "does better"), ((0.2, 0.6), "no")],
+    [((0.5, 0.51, 0.49), "is more than"), ((0.3, 0.31, 0.29), "better"), ((0.2, 0.6), "no diff")],
 )
 def test_the_headline_says_what_its_interval_allows(kept, verdict):
-    """Above zero, below zero, or neither: the sentence goes by the 95% interval over draws."""
-    headline = eval_niah.headline_of(frontier([(0.8, one) for one in kept]))
+    """Above zero, below zero, or neither: the verdict goes by the 95% interval over bases. The
+    interval that is printed first is over draws, and draws of one base alone decide nothing."""
+    units = [(0.8, one) for one in kept]
+    assert "decides nothing" in eval_niah.headline_of(frontier(units))["text"]
+    headline = eval_niah.headline_of(frontier(units, draws=1))
     gains = [one - 0.4 for one in kept]
     mean, half = eval_niah.t_interval(gains)
     assert (headline["difference"], headline["n"]) == (pytest.approx(mean), len(kept))
@@ -362,8 +366,8 @@ def test_the_report_says_where_its_numbers_come_from():
 def test_an_evaluation_elsewhere_leaves_the_run_alone(tmp_path, capsys):
     """Other tasks, lengths and samples go to another --out. Its table is printed, too."""
     before = stamps(finished())
-    flags = "--tasks mv --lengths 80 --samples 3 --bias-steps 3 --steps 1".split()
-    found = evaluate(finished(), tmp_path, *flags)
+    flags = "--tasks mv --lengths 80 --memory-lengths 80 --samples 3 --bias-steps 3".split()
+    found = evaluate(finished(), tmp_path, *flags, "--steps", 1)
     assert {(r["task"], r["length"], r["n"]) for r in found["niah"]} == {("mv", 80, 3)}
     assert len({record["mask_ratio"] for record in found["exposure_bias"]}) == 3
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out

@@ -5,6 +5,7 @@ out, that no old weights get new settings, and that no evaluation sees an answer
 
 import math
 import random
+import shutil
 import signal
 import time
 from functools import partial
@@ -21,7 +22,7 @@ import data
 import eval_niah
 import memdlm
 import sample
-from model import UserError, load_checkpoint, read_json, write_json
+from model import UserError, load_checkpoint, read_json, save_checkpoint, write_json
 
 # ---- what a run writes ---------------------------------------------------------------------------
 
@@ -132,9 +133,9 @@ def test_all_methods_of_a_draw_see_the_same_batches_and_masks(tmp_path, monkeypa
     assert not runs[0][0].masked.equal(runs[3][0].masked)
 
 
-def test_an_evaluation_stopped_between_draws_goes_on(tmp_path, monkeypatch):
-    """What was measured of the first draw is kept, is not measured again, and the end is the same
-    as without the stop. With other settings nothing of it is used."""
+def test_an_evaluation_stopped_between_draws_goes_on(tmp_path, monkeypatch, capsys):
+    """What was measured of the first draw is kept, is not measured again, which is said, and the
+    end is the same as without the stop. With other settings or weights nothing of it is used."""
     run, measured = running.copy_of_finished(tmp_path), []
     out, measure_unit = tmp_path / "eval", eval_niah.measure_unit
 
@@ -151,11 +152,19 @@ def test_an_evaluation_stopped_between_draws_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(eval_niah, "measure_unit", again)
     resumed = running.evaluate(run, out)
     assert [call.args[2:4] for call in again.call_args_list] == [(0, 1), (1, 0), (1, 1)]
+    assert str(out / "seed0" / "draw0.json") in capsys.readouterr().out, "it should say so"
     for key in ("niah", "exposure_bias", "loss", "frontier", "headline"):
         assert resumed[key] == results(finished())[key], f"{key} differ"
     (out / "results.json").unlink()
     running.evaluate(run, out, "--samples", 3)
     assert again.call_count == 3 + 4
+    shutil.copy(running.checkpoint(run, "memdlm", 1, 1), running.checkpoint(run, "memdlm", 1, 0))
+    meta = load_checkpoint(running.checkpoint(finished(), "memdlm", 1, 0))[1]
+    path = running.checkpoint(run, "memdlm", 1, 0)
+    save_checkpoint(path, load_checkpoint(path)[0], meta)
+    (out / "results.json").unlink()
+    running.evaluate(run, out, "--samples", 3)
+    assert again.call_count == 3 + 4 + 1, "the draw whose weights are others"
 
 
 def test_a_run_stopped_anywhere_and_resumed_is_an_uninterrupted_run(tmp_path):
