@@ -6,6 +6,7 @@ overshoot.py: for which step sizes the inner loop is stable, on the models of fi
 For each run it takes the base and the MemDLM model of the first draw of up to three seeds, and goes
 through the inner loop on the draw's pairs at several step sizes. Left: the share of the memories
 whose last step raises the loss that it descends. Right: the loss that the outer step then sees.
+It also prints, for the first run, what each stage does to the row that suffers most at step size 1.
 """
 
 import argparse
@@ -14,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
 
 import data
 import eval_niah
@@ -35,9 +38,48 @@ def measure(run: Path, name: str) -> list[dict]:
     return records
 
 
+def row_losses(model, batch, anchor, stages, phi_0, memory) -> list:
+    """Each row's part of the outer loss, (B,), with phi_0, phi_1 and phi_2."""
+    row, found = anchor.masked.nonzero()[:, 0], []
+    for done in range(3):
+        fast = phi_0
+        if done:
+            fast, _ = memdlm.inner_loop(model, batch, stages[:done], phi_0, memory)
+        h = model.run(memdlm.embed(model, batch.x0, anchor.masked), 0, None, None, fast)
+        nll = memdlm.token_nll(model, h[anchor.masked], batch.x0[anchor.masked])
+        parts = torch.zeros(len(anchor.t)).index_add(0, row, nll / (anchor.t[row] + 1e-6))
+        found.append(parts / batch.maskable.sum())
+    return found
+
+
+@torch.no_grad()
+def show_worst_row(run: Path) -> None:
+    """One row, whose loss the second stage raises most at step size 1, at several step sizes."""
+    config, rows = memdlm.read_config(run), {}
+    for rate in (1.0, 0.25, 0.5, 2.0):
+        memory, worst = replace(memdlm.memory_of(config), lr=rate), []
+        for seed in range(config["seed"], config["seed"] + min(3, config["seeds"])):
+            model, _ = memdlm.open_run(run, seed, 0, "memdlm", "cpu")
+            batch = data.collate(memdlm.noisy_pairs(config, seed, 0, config["noise"]))
+            [anchor], draws = memdlm.even_anchors([batch], seed), memdlm.generator_for(seed)
+            stages = memdlm.make_stages(anchor, batch.maskable, memory, draws)
+            stages = memdlm.with_prefixes(model, batch, stages, memory)
+            phi_0 = memdlm.init_fast(model, memory, len(batch.x0), draws)
+            losses = row_losses(model, batch, anchor, stages, phi_0, memory)
+            i = rows.setdefault(seed, int((losses[2] - losses[1]).argmax()))
+            values = [part[i].item() for part in losses]
+            worst.append((values[2] - values[1], seed, anchor.t[i], anchor.masked[i].sum(), values))
+        if rate == 1.0:
+            chosen = max(worst)[1]
+        [(_, seed, t, count, values)] = [one for one in worst if one[1] == chosen]
+        numbers = " -> ".join(f"{value:.3f}" for value in values)
+        print(f"step size {rate}: seed {seed}, a row with t {t:.3f}, {count} masked: {numbers}")
+
+
 def show(arguments: argparse.Namespace) -> None:
     """Measures, prints a table, draws the picture."""
     panels = [[], []]
+    show_worst_row(Path(arguments.runs[0]))
     for run in map(Path, arguments.runs):
         for name, dashes in (("base", ":"), ("memdlm", "-")):
             records = measure(run, name)
