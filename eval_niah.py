@@ -27,6 +27,7 @@ Glossary
   -          | unit       | (seed, draw): a base, and a fine-tuning set; intervals are over units
 """
 
+import itertools
 import math
 import time
 import zlib
@@ -108,7 +109,7 @@ T_QUANTILES += (2.160, 2.145)
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half-width of the 95% t-interval over independent units; infinite for one."""
+    """Mean and half-width of the 95% t-interval over the values; infinite for one."""
     if len(values) < 2:
         return float(np.mean(values)), math.inf
     quantile = T_QUANTILES[min(len(values) - 1, len(T_QUANTILES)) - 1]  # beyond: a little too wide
@@ -308,10 +309,9 @@ def headline_of(points: list[dict], times: str = "4x") -> dict | None:
         bases.setdefault(seed, []).append(gain)
     by_base = [float(np.mean(found)) for found in bases.values()]
     text = f"MemDLM (Train-Only) minus Standard MDLM at equal learnt loss, {times}: "
-    text += (
-        f"{difference_text(list(gains.values()))}, {len(gains)} of {len(by_unit(points))} draws; "
-    )
-    text += f"by base {difference_text(by_base)}, n = {len(by_base)}: {verdict_on(by_base)}."
+    text += difference_text(list(gains.values()))
+    text += f", {len(gains)} of {len(by_unit(points))} draws; by base "
+    text += f"{difference_text(by_base)}, n = {len(by_base)}: {verdict_on(by_base)}."
     return {"difference": mean, "ci95": interval, "n": len(gains), "text": text}
 
 
@@ -714,10 +714,8 @@ def measure_unit(args, config: dict, seed: int, draw: int, opened: dict[str, tup
             results["training"].append({**where, "name": name, **cost})
     writing = args.memory_lengths if draw < args.memory_draws else []
     rows = {name: row for name, row in rows_of(config).items() if writing or not row.memory}
-    cells = [
-        (length, task, name) for length in args.lengths for task in args.tasks for name in rows
-    ]
-    for length, task, name in tqdm(cells, f"seed {seed}, draw {draw}: scores", delay=2):
+    cells = itertools.product(args.lengths, args.tasks, rows)
+    for length, task, name in tqdm(list(cells), f"seed {seed}, draw {draw}: scores", delay=2):
         row = rows[name]
         if not row.memory or length in writing:
             model = models[row.checkpoint]

@@ -630,10 +630,8 @@ def measure_losses(model, train_set, held_out, memory: Memory, seed: int, repeat
         fast = init_fast(model, memory, memory.sets(len(batch.x0)), generator)
         fast, inner = inner_loop(model, batch, stages, fast, memory)
         overshoot += (stage_loss(model, batch, stages[-1], fast, memory) > inner[-1]).tolist()
-        h, start = (
-            prefix(model, batch, anchor.masked, memory),
-            memory.first_layer(len(model.layers)),
-        )
+        h = prefix(model, batch, anchor.masked, memory)
+        start = memory.first_layer(len(model.layers))
         with_memory.append(denoising_loss(model, batch, anchor, h, start, fast).item())
     for batch, anchor in zip(train_set * repeats, even_anchors(train_set * repeats, seed)):
         without.append(mdlm_loss(model, batch, anchor).item())

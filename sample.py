@@ -276,6 +276,7 @@ def denoising_states(model: Transformer, example: data.Example, fast=None) -> li
     canvases.insert(0, torch.cat([prompt, masks], dim=1))
     steps = []
     for before, after in pairwise(canvases):
+        # One more forward: `generate` tells what it commits, not what else it would have proposed.
         opened, confidence = before == model.config.mask_id, torch.ones(before.shape)
         logits = guided_logits(model, before, opened, fast, 0.0, None, opened)
         tokens, probability = choose_tokens(logits, 0.0, None, [model.config.mask_id])
