@@ -56,10 +56,10 @@ from memdlm import (
     machine,
     make_stages,
     memory_of,
-    noisy_pairs,
     open_run,
     peak_memory,
     read_config,
+    tiny_pairs,
     token_nll,
     with_prefixes,
 )
@@ -74,7 +74,7 @@ class Row(NamedTuple):
     memory: bool  # whether prompts are written into the weights
 
 
-# The paper's rows, and two controls: a memory for models that were not trained with one.
+# The rows of Table 1, and two controls: a memory for models that were not trained with one.
 ROWS = {
     "base": Row("Base", "base", False),
     "mdlm": Row("Standard MDLM", "mdlm", False),
@@ -98,7 +98,7 @@ def title(method: str) -> str:
 
 
 def string_match_all(references: Sequence[str], prediction: str) -> float:
-    """RULER's score: the share of the references found in the prediction, whatever their case."""
+    """RULER's score (Tables 1 and 2): the share of the references that are in the prediction."""
     found = [reference.lower() in prediction.lower() for reference in references]
     return float(np.mean(found))
 
@@ -149,8 +149,8 @@ def nll_at(model, canvas: Tensor, x0: Tensor, masked: Tensor, fast) -> tuple[Ten
 
 @torch.no_grad()
 def exposure_walk(model, x0, response, order, steps: int, fast) -> list[tuple]:
-    """L_static and L_seq of each row on a denoising in `steps` steps: a list of (mask ratio,
-    static (B,), sequential (B,)) at the mask ratios 1, 1 - 1/steps, ..., 1/steps.
+    """L_static (Eq. 3) and L_seq (Eq. 4) of each row on a denoising in `steps` steps (Fig. 3):
+    (mask ratio, static (B,), sequential (B,)) at the mask ratios 1, 1 - 1/steps, ..., 1/steps.
 
     x0 (B, T); response (B, T) bool, the same number n of places in each row; order (B, T): random
     numbers that rank the places. The static mask has the first max(1, int(n * ratio)) of them, the
@@ -205,8 +205,8 @@ def exposure_bias(models: dict, rows: dict[str, Row], seed: int, draw: int, args
 
 
 def bias_records(curves: dict[str, list], plain: dict[str, str]) -> list[dict]:
-    """R_EB of each method's curve. plain: the row of the same checkpoint without a memory, whose
-    static loss is the denominator (as published)."""
+    """R_EB (Sec. 2.2) of each method's curve. plain: the row of the same checkpoint without a
+    memory, whose static loss is the denominator (as published)."""
     records = []
     for method, curve in curves.items():
         for (ratio, static, sequential), (_, base, _) in zip(curve, curves[plain[method]]):
@@ -257,9 +257,9 @@ def unit_means(records: list[dict], key: str) -> dict[tuple, float]:
 
 
 def frontier_of(results: dict, config: dict) -> list[dict]:
-    """What each fine-tuning has learnt, the training loss without a memory, and what the model has
-    kept, its scores: {"method", "lr", "draw", "seed", "learnt", "kept": {"1x": score, ...}}. The
-    base is Standard MDLM at rate 0."""
+    """What each fine-tuning has learnt, the training loss without a memory, and what it has kept of
+    the base (Fig. 5), its scores: {"method", "lr", "draw", "seed", "learnt", "kept": {"1x": score,
+    ...}}. The base is Standard MDLM at rate 0."""
     points, scores = [], by_unit(results["niah"])
     for (seed, draw), logged in by_unit(results["loss"]).items():
         # Of the base, the loss is what Standard MDLM's log says before its first step.
@@ -765,7 +765,7 @@ def views_of(args, config: dict, opened: dict[str, tuple]) -> dict:
     states = {"MemDLM, without a memory": sample.denoising_states(model, long)}
     states["MemDLM, prompt written into the weights"] = sample.denoising_states(model, long, fast)
     text = sample.denoising_view(short, sample.denoising_states(base, short))
-    pairs = zip(*(noisy_pairs(config, seed, 0, noise) for noise in (config["noise"], 0)))
+    pairs = zip(*(tiny_pairs(config, seed, 0, noise) for noise in (config["noise"], 0.0)))
     memories = [memory_view(base, config, seed, *pair) for pair in pairs]
     memory = min(memories, key=nll_of_true_words)  # the plainest example, not the average one
     return {"memory": memory, "states": states, "true": long.response, "text": text}

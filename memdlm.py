@@ -45,6 +45,7 @@ So 4 + 3a, where three whole training steps would cost 9.
 
 import argparse
 import copy
+import importlib.util
 import math
 import resource
 import sys
@@ -70,8 +71,8 @@ from model import (
     Linear,
     Transformer,
     UserError,
+    fresh_lora,
     init_weights,
-    kaiming_uniform,
     load_checkpoint,
     load_model,
     load_weights,
@@ -98,6 +99,9 @@ class Memory:
     strategy: str = "consistent"  # a key of STRATEGIES: through which states (Figs. 9-11)
     loss: str = "ce"  # a key of INNER_LOSSES: what is learnt from them (Fig. 6)
     targets: str = "all"  # one of TARGETS: at which positions (Sec. 4.6)
+    places: str = "ffn"  # a key of PLACES: which matrices are adapted (Fig. 7)
+    form: str = "lora"  # a key of FORMS: by two thin matrices or a full one (Fig. 7)
+    clip_by: str = "tensor"  # a key of CLIPS: whose norm is clipped (Sec. 4.6)
 
     def sets(self, rows: int) -> int:
         """N, the number of sets of fast weights for a batch of so many rows."""
@@ -187,22 +191,21 @@ def adapted_matrices(model: Transformer, memory: Memory) -> dict[str, Linear]:
     """Name -> matrix that phi adapts: gate, up and down of the last layers' networks (Sec. 4.1)."""
     found = {}
     for i in range(memory.first_layer(len(model.layers)), len(model.layers)):
-        for name, matrix in model.layers[i].mlp.adaptable().items():
-            found[f"layers.{i}.mlp.{name}"] = matrix
+        for place in PLACES[memory.places]:
+            for name, matrix in getattr(model.layers[i], place).adaptable().items():
+                found[f"layers.{i}.{place}.{name}"] = matrix
     return found
 
 
 def init_fast(model: Transformer, memory: Memory, sets: int, generator: torch.Generator) -> Fast:
     """phi_0 (Sec. 3): A is Kaiming-uniform and B = 0, so that B A = 0. The gradient of A has the
     factor B, so it is zero in stage 1, which therefore moves B alone."""
-    weights, device = {}, model.embedding.weight.device
-    dtype = precise(model.embedding.weight.dtype)
+    weights, like = {}, model.embedding.weight
     for name, matrix in adapted_matrices(model, memory).items():
-        *stack, outputs, inputs = matrix.shape  # experts are a stack of matrices
-        A = torch.empty(sets, *stack, memory.rank, inputs, dtype=dtype)
-        B = torch.zeros(sets, *stack, outputs, memory.rank, dtype=dtype, device=device)
-        weights[name] = (kaiming_uniform(A, generator).to(device), B)
-    return Fast(weights, memory.alpha / memory.rank)
+        shape = (sets, *matrix.shape)  # (N, out, in); of experts (N, X, out, in)
+        pair = FORMS[memory.form](shape, memory.rank, precise(like.dtype), generator)
+        weights[name] = tuple(part.to(like.device) for part in pair)
+    return Fast(weights, memory.alpha / memory.rank, fixed=memory.form == "full")
 
 
 def pre_anchor_count(masked: Tensor, maskable: Tensor, start_scale: float) -> Tensor:
@@ -215,7 +218,8 @@ def pre_anchor_count(masked: Tensor, maskable: Tensor, start_scale: float) -> Te
 
 
 def draw_pre_anchor(masked, maskable, start_scale: float, generator) -> Tensor:
-    """Eq. 6: x_tpre's mask (B, T) has all that the anchor masks, and further maskable tokens."""
+    """Eq. 6: x_tpre's mask (B, T) has all that the anchor masks, and further maskable tokens. Their
+    number goes by the scale s (Sec. 4.6)."""
     chance = torch.rand(masked.shape, generator=generator).to(masked.device)
     # Sorted downwards: masked already (2 to 3), then maskable (0 to 1), then the rest (below 0).
     order = (chance + 2.0 * masked - 2.0 * ~maskable).argsort(dim=1, descending=True)
@@ -225,7 +229,7 @@ def draw_pre_anchor(masked, maskable, start_scale: float, generator) -> Tensor:
 
 
 def two_stages(anchor: Anchor, maskable: Tensor, memory: Memory, generator) -> list[Stage]:
-    """The trajectory of Sec. 3, K = 2: pre-anchor alignment, then anchor to target."""
+    """The trajectory of Sec. 3, K = 2: pre-anchor alignment (Eq. 6), then anchor to target."""
     pre_masked = draw_pre_anchor(anchor.masked, maskable, memory.start_scale, generator)
     return chain([pre_masked, anchor.masked], maskable)
 
@@ -247,13 +251,15 @@ def stage_loss(model, batch: Batch, stage: Stage, fast: Fast, memory: Memory) ->
     return by_row.view(fast.sets(), -1).sum(1) / count.clamp(min=1)
 
 
-def sgd(parameter: Tensor, grad: Tensor, loss: Tensor, memory: Memory) -> Tensor:
-    """parameter - eta * grad for one A or B, (N, ., .), or (N, X, ., .) of experts; loss (N,).
+def each_norm(grads: Iterable[Tensor]) -> list[Tensor]:
+    """The norm of the gradient of each A and each B, of each set by itself: (N, ., .) -> (N, 1, 1);
+    of experts (N, X, ., .) -> (N, X, 1, 1). So each is clipped alone."""
+    return [grad.flatten(-2).norm(dim=-1)[..., None, None] for grad in grads]
 
-    Each matrix's gradient is clipped by its own norm, not by that of all. Where the loss or the
-    gradient is not finite, the matrix stays as it was.
-    """
-    norm = grad.flatten(-2).norm(dim=-1)[..., None, None]  # (N, 1, 1) or (N, X, 1, 1)
+
+def sgd(parameter: Tensor, grad: Tensor, norm: Tensor, loss: Tensor, memory: Memory) -> Tensor:
+    """parameter - eta * grad for one A or B, where the gradient is no longer than the clip. Where
+    loss (N,) or gradient are not finite, the matrix stays as it was."""
     scale = torch.ones_like(norm)
     if memory.clip > 0:
         scale = (memory.clip / (norm + 1e-12)).clamp(max=1.0)
@@ -261,20 +267,25 @@ def sgd(parameter: Tensor, grad: Tensor, loss: Tensor, memory: Memory) -> Tensor
     return torch.where(usable, parameter - memory.lr * scale * grad, parameter).detach()
 
 
-def inner_loop(model, batch, stages: list[Stage], fast: Fast, memory: Memory) -> tuple:
-    """Eqs. 6-8: phi_0 -> phi_K, one step of plain SGD for each stage, which carries its prefix's h.
+def inner_step(model, batch: Batch, stage: Stage, fast: Fast, memory: Memory) -> tuple:
+    """phi_k-1 -> phi_k (Eq. 6 to 8): one step of plain SGD on a stage, which carries its prefix's
+    h. Returns phi_k, which is detached, and the loss (N,) before the step."""
+    leaves = [part.detach().requires_grad_() for part in fast.tensors()]
+    with torch.enable_grad():
+        loss = stage_loss(model, batch, stage, fast.with_tensors(leaves), memory)  # (N,)
+        grads = torch.autograd.grad(loss.sum(), leaves)  # no row uses two sets
+    loss, norms = loss.detach(), CLIPS[memory.clip_by](grads)
+    parts = [sgd(p, grad, norm, loss, memory) for p, grad, norm in zip(leaves, grads, norms)]
+    return fast.with_tensors(parts), loss
 
-    Returns phi_K, which is detached, and the losses (K * epochs, N) before each step.
-    """
+
+def inner_loop(model, batch, stages: list[Stage], fast: Fast, memory: Memory) -> tuple:
+    """Eqs. 6-8: phi_0 -> phi_K, a step for each stage. Returns phi_K and the losses
+    (K * epochs, N) before the steps."""
     losses = []
     for stage in stages * memory.epochs:
-        leaves = [part.detach().requires_grad_() for part in fast.tensors()]
-        with torch.enable_grad():
-            loss = stage_loss(model, batch, stage, fast.with_tensors(leaves), memory)  # (N,)
-            grads = torch.autograd.grad(loss.sum(), leaves)  # no row uses two sets
-        stepped = [sgd(p, grad, loss.detach(), memory) for p, grad in zip(leaves, grads)]
-        fast = fast.with_tensors(stepped)
-        losses.append(loss.detach())
+        fast, loss = inner_step(model, batch, stage, fast, memory)
+        losses.append(loss)
     return fast, torch.stack(losses)
 
 
@@ -349,7 +360,7 @@ def mean_loss(loss: Tensor, row: Tensor, maskable: Tensor, norm: str) -> Tensor:
 
 
 def consistent(anchor: Anchor, maskable: Tensor, memory: Memory, generator) -> list[Stage]:
-    """The paper's trajectory (published name: pmc). K = 2 is `two_stages`, K = 1 the pre-anchor
+    """The paper's trajectory (Fig. 9; published name: pmc). K = 2 is `two_stages`, K = 1 stage 1
     alone. K > 2 inserts nested states, each of which reveals an even share, rounded up, of what is
     left to reveal on the way to the anchor (Fig. 11)."""
     pre, last = two_stages(anchor, maskable, memory, generator)
@@ -431,13 +442,37 @@ def distillation(model, batch: Batch, stage: Stage, h: Tensor, fast: Fast, kind:
     return F.kl_div(of, against, reduction="none", log_target=True).sum(-1)  # KL(against || of)
 
 
-INNER_LOSSES = {
+INNER_LOSSES = {  # Fig. 6
     "ce": cross_entropy,
     "kl": partial(distillation, kind="kl"),  # KL(teacher || student)
     "reverse_kl": partial(distillation, kind="reverse_kl"),  # KL(student || teacher)
     "hidden_mse": partial(distillation, kind="hidden_mse"),
     "hidden_cosine": partial(distillation, kind="hidden_cosine"),
 }
+
+
+# Fig. 7: which networks of an adapted layer have fast weights. (The published code silently leaves
+# out the attention of mixtures of experts.)
+PLACES = {"ffn": ("mlp",), "ffn+attention": ("mlp", "attention")}
+
+
+def fresh_full(shape: tuple, rank: int, dtype: torch.dtype, generator) -> tuple:
+    """Fig. 7's full-rank memory: B (..., out, in) is the change of the matrix itself, zero at
+    first, and A the identity, which stays. It is added times alpha / rank, like the other."""
+    *stack, _, inputs = shape
+    return torch.eye(inputs, dtype=dtype).expand(*stack, -1, -1), torch.zeros(shape, dtype=dtype)
+
+
+FORMS = {"lora": fresh_lora, "full": fresh_full}  # Fig. 7
+
+
+def global_norm(grads: Iterable[Tensor]) -> list[Tensor]:
+    """One norm for each set, over the gradients of all its matrices (Sec. 4.6)."""
+    total = sum(grad.flatten(1).square().sum(1) for grad in grads).sqrt()  # (N,)
+    return [total.view(-1, *[1] * (grad.dim() - 1)) for grad in grads]
+
+
+CLIPS = {"tensor": each_norm, "global": global_norm}  # Sec. 4.6
 
 
 # ---- training: all random draws of a step, a loop, its checkpoints ---------------------------
@@ -616,9 +651,9 @@ def even_anchors(batches: list[Batch], seed: int) -> list[Anchor]:
 
 @torch.no_grad()
 def measure_losses(model, train_set, held_out, memory: Memory, seed: int, repeats: int = 1) -> dict:
-    """LOSSES and, by noise level, the held-out NLL per masked token ("eval_by_t"). The loss
+    """LOSSES (Fig. 4), and the held-out NLL per masked token by noise level ("eval_by_t"). The one
     *with* memory leaks: the inner loop has learnt from the very tokens that are scored next. It is
-    measured to show that, beside the honest one, which is the mean over `repeats` draws of noise.
+    measured to show it, beside the honest one, which is the mean over `repeats` draws of noise.
     "overshoot" is the share of the memories whose last step has raised the loss that it descends.
     """
     model.eval()
@@ -636,8 +671,8 @@ def measure_losses(model, train_set, held_out, memory: Memory, seed: int, repeat
     for batch, anchor in zip(train_set * repeats, even_anchors(train_set * repeats, seed)):
         without.append(mdlm_loss(model, batch, anchor).item())
     for batch, anchor in zip(held_out, even_anchors(held_out, seed)):
-        held.append(mdlm_loss(model, batch, anchor).item())
         h = model.run(embed(model, batch.x0, anchor.masked), 0, None, batch.attention_mask)
+        held.append(denoising_loss(model, batch, anchor, h, len(model.layers)).item())
         nll.append(token_nll(model, h[anchor.masked], batch.x0[anchor.masked]))
         levels.append(anchor.t[anchor.masked.nonzero()[:, 0]])
     trained, kept = ([int(b.maskable.sum()) for b in part] for part in (train_set, held_out))
@@ -660,18 +695,14 @@ def arms(config: dict) -> dict[str, tuple[str, float]]:
     return both | {f"mdlm-{rate:g}": ("mdlm", rate) for rate in config["control_lr"]}
 
 
-def noisy_pairs(config: dict, seed: int, draw: int, noise: float) -> list[Example]:
-    """A draw's fine-tuning set. With noise 0, the same pairs with their true answers."""
-    n, length = config["examples"] // len(data.TASKS), config["length"] * config["stretch"]
-    asked = length, data.split_seed(seed, f"train {draw}"), noise, config["wording"]
-    return [pair for task in data.TASKS for pair in data.make_examples(task, n, *asked)]
-
-
-def held_out_pairs(config: dict, seed: int) -> list[Example]:
-    """Eight true pairs of each task, as long as those that are trained on."""
-    length, key = config["length"] * config["stretch"], data.split_seed(seed, "held out")
-    asked = length, key, 0.0, config["wording"]
-    return [pair for task in data.TASKS for pair in data.make_examples(task, 8, *asked)]
+def tiny_pairs(config: dict, seed: int, draw: int | None, noise: float = 0.0) -> list[Example]:
+    """A draw's fine-tuning set; with noise 0, the same pairs with their true answers. Without a
+    draw, eight pairs of each task that are held out."""
+    split, n = f"train {draw}", config["examples"] // len(data.TASKS)
+    if draw is None:
+        split, n = "held out", 8
+    asked = n, config["length"] * config["stretch"], data.split_seed(seed, split), noise
+    return [p for task in data.TASKS for p in data.make_examples(task, *asked, config["wording"])]
 
 
 def pretrain(args: argparse.Namespace, seed: int, folder: Path, device: str) -> Transformer:
@@ -703,11 +734,11 @@ def fine_tune(args, model, name: str, seed: int, draw: int, folder: Path, device
     """Trains the model as the arm `name` says. All arms of a draw see the same pairs, in the same
     batches, under the same noise."""
     (method, rate), memory = arms(vars(args))[name], memory_of(vars(args))
-    pairs = noisy_pairs(vars(args), seed, draw, args.noise)
+    pairs = tiny_pairs(vars(args), seed, draw, args.noise)
     size, collate = min(args.batch, len(pairs)), partial(data.collate, device=device)
     together = size if memory.scope == "batch" else len(pairs)  # then a batch shares a memory
     parts = [pairs[start : start + together] for start in range(0, len(pairs), together)]
-    measured = [collate(part) for part in parts], [collate(held_out_pairs(vars(args), seed))]
+    measured = [collate(part) for part in parts], [collate(tiny_pairs(vars(args), seed, None))]
 
     def losses_at(step: int) -> list[Tensor]:
         rng = np.random.default_rng([seed, draw, step])
@@ -760,7 +791,8 @@ def memory_of(config: dict) -> Memory:
     """The inner loop's settings out of a run's settings: memory_rank is Memory's rank."""
     flags = {field.name: f"memory_{field.name}" for field in fields(Memory)}
     flags["start_scale"] = "start_scale"
-    return Memory(**{name: config[flag] for name, flag in flags.items()})
+    # The run of an earlier version does not name the newest of them.
+    return Memory(**{name: config[flag] for name, flag in flags.items() if flag in config})
 
 
 def start_run(out: Path, wanted: dict, resume: bool) -> None:
@@ -850,6 +882,9 @@ def loop_flags(flag: Callable) -> None:
     flag("--memory-strategy", choices=STRATEGIES, default="consistent", help="[Figs. 9 and 10]")
     flag("--memory-loss", choices=INNER_LOSSES, default="ce", help="what is learnt [ce, Fig. 6]")
     flag("--memory-targets", choices=TARGETS, default="all", help="and where [all, Sec. 4.6]")
+    flag("--memory-places", choices=PLACES, default="ffn", help="matrices adapted [ffn, Fig. 7]")
+    flag("--memory-form", choices=FORMS, default="lora", help="thin or full [lora, Fig. 7]")
+    flag("--memory-clip-by", choices=CLIPS, default="tensor", help="whose norm [tensor]")
     flag("--start-scale", type=real(1), default=1.5, help="s of the pre-anchor [1.5]")
 
 
@@ -874,6 +909,7 @@ def build_parser() -> Parser:
     flag("--pretrain-steps", type=whole(1), default=2400, help="steps of the base")
     flag("--pretrain-batch", type=whole(4), default=64, help="sequences in each, 4 tasks")
     flag("--pretrain-lr", type=real(0), default=4e-3, help="peak learning rate of the base")
+    flag("--student", help="a file whose functions replace the method's: exercises/README.md")
     run_flags(flag)
     loop_flags(flag)
     parser.set_defaults(dial="tiny", **TINY_SETTINGS)
@@ -882,7 +918,15 @@ def build_parser() -> Parser:
 
 def run(arguments: list[str]) -> None:
     """Trains, then hands its folder to the evaluation."""
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if args.student:
+        unread = ("memory_loss", "memory_clip_by", "loss_norm")
+        parser.refuse(args, unread, "is a variant, which the course's functions do not know")
+        if importlib.util.find_spec("exercises") is None:
+            raise UserError("--student needs the folder exercises/, which is not here.")
+        plug = importlib.import_module("exercises.plug")
+        args.student = plug.plug_for_training(Path(args.student))  # what says whose code it was
     run_tiny(args)
     import eval_niah  # the one import that goes up
 

@@ -73,25 +73,41 @@ class Fast(NamedTuple):
     # "layers.2.mlp.gate" -> A (N, r, in), B (N, out, r); X experts: (N, X, r, in), (N, X, out, r)
     weights: dict[str, tuple[Tensor, Tensor]]
     scale: float  # alpha / r; an adapted matrix computes W x + scale * B A x
+    fixed: bool = False  # whether A stays as it is: in a full-rank memory it is the identity
 
     def sets(self) -> int:
         """N, the number of sets."""
-        return len(next(iter(self.weights.values()))[0])
+        return len(next(iter(self.weights.values()))[1])
 
     def tensors(self) -> list[Tensor]:
-        """A, B, A, B, ... of all matrices."""
-        return [part for pair in self.weights.values() for part in pair]
+        """What the inner loop moves: A, B, A, B, ... of all matrices, or B, B, ... alone."""
+        pairs = self.weights.values()
+        return [part for A, B in pairs for part in ((B,) if self.fixed else (A, B))]
 
     def with_tensors(self, tensors: list[Tensor]) -> "Fast":
         """The same memory with other numbers, in the order of `tensors`."""
         pairs = zip(tensors[::2], tensors[1::2])
-        return Fast(dict(zip(self.weights, pairs)), self.scale)
+        if self.fixed:
+            kept = (A[:1] for A, _ in self.weights.values())
+            pairs = ((A.expand(len(B), *A.shape[1:]), B) for A, B in zip(kept, tensors))
+        return self._replace(weights=dict(zip(self.weights, pairs)))
 
 
-def kaiming_uniform(weight: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Fills (..., in) from U(-1/sqrt(in), 1/sqrt(in)), Kaiming-uniform with a = sqrt(5)."""
-    bound = 1 / math.sqrt(weight.shape[-1])
-    return weight.uniform_(-bound, bound, generator=generator)
+def fresh_lora(shape: tuple, rank: int, dtype: torch.dtype, generator=None) -> tuple:
+    """Sec. 3: A and B for a matrix of `shape` (..., out, in), which change nothing: A (..., r, in)
+    is Kaiming-uniform, a = sqrt(5): U(-1/sqrt(in), 1/sqrt(in)); B (..., out, r) is zero."""
+    *stack, outputs, inputs = shape
+    bound = 1 / math.sqrt(inputs)
+    A = torch.empty(*stack, rank, inputs, dtype=dtype).uniform_(-bound, bound, generator=generator)
+    return A, torch.zeros(*stack, outputs, rank, dtype=dtype)
+
+
+def apply_lora(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Sec. 3: y + scale * B A x, for y (B, T, out), x (B, T, in), A (N, r, in), B (N, out, r); row
+    i of the batch has the set i // (rows / N)."""
+    rows = x.reshape(len(A), -1, x.shape[-1])  # (N, B T / N, in): each set, its own rows
+    sums = y.reshape(len(A), -1, y.shape[-1])  # (N, B T / N, out)
+    return torch.baddbmm(sums, rows @ A.mT, B.mT, alpha=scale).view_as(y)
 
 
 class Linear(nn.Module):
@@ -108,12 +124,9 @@ class Linear(nn.Module):
     def add_lora(self, rank: int, alpha: float, dropout: float, generator=None) -> None:
         """Adds a trainable outer LoRA (Sec. 4.1). B = 0, so that the model is unchanged at first.
         It is float32 at least: a step of 2e-5 would be lost in bfloat16's rounding."""
-        *stack, outputs, inputs = self.shape
-        weight = self.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        A = kaiming_uniform(torch.empty(*stack, rank, inputs, dtype=dtype), generator)  # on the CPU
-        B = torch.zeros(*stack, outputs, rank, dtype=dtype, device=weight.device)
-        self.lora_A, self.lora_B = nn.Parameter(A.to(weight.device)), nn.Parameter(B)
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        pair = fresh_lora(self.shape, rank, dtype, generator)  # drawn on the CPU
+        self.lora_A, self.lora_B = (nn.Parameter(part.to(self.weight.device)) for part in pair)
         self.lora_scale, self.lora_dropout = alpha / rank, dropout
 
     def product(self, x: Tensor) -> Tensor:
@@ -132,10 +145,8 @@ class Linear(nn.Module):
             inner = F.linear(self.drop(x) if lora_x is None else lora_x, self.lora_A.to(x.dtype))
             y = y + F.linear(self.lora_scale * inner, self.lora_B.to(x.dtype))
         if fast is not None and name in fast.weights:
-            A, B = (part.to(x.dtype) for part in fast.weights[name])  # (N, r, in), (N, out, r)
-            rows = x.reshape(len(A), -1, x.shape[-1])  # (N, B T / N, in): each set, its own rows
-            sums = y.reshape(len(A), -1, y.shape[-1])  # (N, B T / N, out)
-            y = torch.baddbmm(sums, rows @ A.mT, B.mT, alpha=fast.scale).view_as(y)
+            A, B = (part.to(x.dtype) for part in fast.weights[name])
+            y = apply_lora(y, x, A, B, fast.scale)
         return y
 
 
@@ -196,20 +207,24 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
-        """x (B, T, D) -> (B, T, D)."""
+    def adaptable(self) -> dict[str, Linear]:
+        """The matrices that a memory may adapt (Fig. 7), by their names in here."""
+        return {name: part for name, part in self.named_children() if isinstance(part, Linear)}
+
+    def forward(self, x: Tensor, rotary, bias: Tensor | None, fast=None, name: str = "") -> Tensor:
+        """x (B, T, D) -> (B, T, D). name: this attention's key in `fast`, before the dot."""
         batch, length, _ = x.shape
         if hasattr(self, "qkv"):
-            q, k, v = self.qkv(x).split(self.sizes, dim=-1)
+            q, k, v = self.qkv(x, fast, f"{name}.qkv").split(self.sizes, dim=-1)
         else:
             lora_x = self.q.drop(x)
-            q, k, v = (matrix(x, lora_x=lora_x) for matrix in (self.q, self.k, self.v))
+            q, k, v = (getattr(self, part)(x, fast, f"{name}.{part}", lora_x) for part in "qkv")
         split = (batch, length, -1, self.head_dim)
         q = rotate(self.q_norm(q.view(split)).transpose(1, 2), rotary)  # (B, H, T, E)
         k = rotate(self.k_norm(k.view(split)).transpose(1, 2), rotary)  # (B, kv_heads, T, E)
         v = v.view(split).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=self.grouped)
-        return self.o(y.transpose(1, 2).reshape(batch, length, -1))
+        return self.o(y.transpose(1, 2).reshape(batch, length, -1), fast, f"{name}.o")
 
 
 class SwiGLU(nn.Module):
@@ -254,7 +269,7 @@ class Layer(nn.Module):
         """h (B, T, D) -> (B, T, D)."""
         if self.canon is not None:
             h = self.canon(h, attention_mask)
-        h = h + self.attention(self.attention_norm(h), rotary, bias)
+        h = h + self.attention(self.attention_norm(h), rotary, bias, fast, f"{name}.attention")
         return h + self.mlp(self.mlp_norm(h), fast, f"{name}.mlp")
 
 

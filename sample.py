@@ -106,8 +106,8 @@ def choose_tokens(logits: Tensor, temperature: float, generator, suppress) -> tu
 
 
 def select(confidence: Tensor, quota: int, threshold: float | None = None) -> Tensor:
-    """Which places to commit, (B, T) bool: the `quota` most confident of each row, and all whose
-    confidence is above `threshold`. confidence (B, T) is -1 where nothing may be committed."""
+    """Sec. 2.1: which places to commit, (B, T) bool: the `quota` most confident of each row, and
+    all above the threshold. confidence (B, T) is -1 where nothing may be committed."""
     order = confidence.argsort(dim=1, descending=True, stable=True)
     chosen = order.argsort(dim=1, stable=True) < quota  # rank 0 is the most confident
     if threshold is not None:
@@ -129,7 +129,7 @@ def generate(
     watch: Callable[[Tensor], None] | None = None,
     suppress: Sequence[int] = (),
 ) -> Tensor:
-    """prompts (B, P) -> answers (B, R), where R is the end of the last block.
+    """Sec. 2.1: prompts (B, P) -> answers (B, R), where R is the end of the last block.
 
     temperature: 0 takes the most probable token. threshold: commit all that are more probable than
     this at once; the answer may then take fewer passes. attention_mask: (B, P + R), or
@@ -178,8 +178,8 @@ class Write(NamedTuple):
 
 
 def paper_rule(model, prompts: Tensor, write: Write, generators: list) -> tuple[Tensor, list]:
-    """Sec. 4.5: an anchor masks each prompt token with chance `anchor_ratio`; then the two stages
-    of training. Returns the rows that are read, here the prompts (B, P), and the stages."""
+    """Sec. 4.5: an anchor masks each prompt token with chance `anchor_ratio` (Fig. 8); then the two
+    stages of training. Returns the rows that are read, here the prompts (B, P), and the stages."""
     everywhere = torch.ones_like(prompts[:1], dtype=torch.bool)
     ratio = torch.full((1,), write.anchor_ratio, device=prompts.device)
     by_row = []

@@ -30,7 +30,7 @@ def measure(run: Path, name: str) -> list[dict]:
     config, records = memdlm.read_config(run), []
     for seed in range(config["seed"], config["seed"] + min(3, config["seeds"])):
         model, _ = memdlm.open_run(run, seed, 0, name, "cpu")
-        batches = [data.collate(memdlm.noisy_pairs(config, seed, 0, config["noise"]))]
+        batches = [data.collate(memdlm.tiny_pairs(config, seed, 0, config["noise"]))]
         for rate in RATES:
             memory = replace(memdlm.memory_of(config), lr=rate)
             losses = memdlm.measure_losses(model, batches, batches, memory, seed)
@@ -60,7 +60,7 @@ def show_worst_row(run: Path) -> None:
         memory, worst = replace(memdlm.memory_of(config), lr=rate), []
         for seed in range(config["seed"], config["seed"] + min(3, config["seeds"])):
             model, _ = memdlm.open_run(run, seed, 0, "memdlm", "cpu")
-            batch = data.collate(memdlm.noisy_pairs(config, seed, 0, config["noise"]))
+            batch = data.collate(memdlm.tiny_pairs(config, seed, 0, config["noise"]))
             [anchor], draws = memdlm.even_anchors([batch], seed), memdlm.generator_for(seed)
             stages = memdlm.make_stages(anchor, batch.maskable, memory, draws)
             stages = memdlm.with_prefixes(model, batch, stages, memory)

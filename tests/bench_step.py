@@ -42,8 +42,8 @@ def naive_loss(model, batch, anchor, stages, fast, memory):
         loss = naive_nll(model, batch, stage.masked, fast).sum(1) * stage.weight
         loss = loss / stage.masked.sum(1).clamp(min=1)  # (B,)
         grads = torch.autograd.grad(loss.sum(), fast.tensors())
-        pairs = zip(fast.tensors(), grads)
-        fast = fast.with_tensors([memdlm.sgd(p, grad, loss, memory) for p, grad in pairs])
+        parts = zip(fast.tensors(), grads, memdlm.each_norm(grads))
+        fast = fast.with_tensors([memdlm.sgd(*part, loss, memory) for part in parts])
     by_row = naive_nll(model, batch, anchor.masked, fast).sum(1) / (anchor.t + 1e-6)
     return by_row.sum() / batch.maskable.sum()
 

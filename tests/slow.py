@@ -7,6 +7,7 @@ All of it is for one set of fast weights: {"layers.3.mlp.gate": (A (r, in), B (o
 """
 
 import torch
+from teaching import assert_same
 from torch.func import functional_call
 
 import data
@@ -14,8 +15,6 @@ import memdlm
 from data import Batch
 from memdlm import Anchor, Memory, Stage
 from model import Fast, Transformer
-
-TIGHT = {"rtol": 0.0, "atol": 1e-9}
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -49,23 +48,25 @@ def assert_set_equals(got: Fast, expected: dict, index: int = 0) -> None:
     """Set `index` of fast weights against one set."""
     for name, pair in expected.items():
         for letter, ours, slow in zip("AB", got.weights[name], pair):
-            note = f"{letter} of {name}, set {index}, differs"
-            torch.testing.assert_close(ours[index], slow, **TIGHT, msg=note)
+            assert_same(ours[index], slow, f"{letter} of {name}, set {index}")
 
 
 def gradients(model: Transformer, loss: torch.Tensor) -> dict:
     """The gradient of a loss for each parameter of the model."""
     names, parameters = zip(*model.named_parameters())
-    return dict(zip(names, torch.autograd.grad(loss, parameters)))
+    found = dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True)))
+    blind = [name for name, grad in found.items() if grad is None]
+    told = "has the prefix under the outer loss no graph?"
+    assert not blind, f"the loss sends no gradient to {len(blind)} weights, as {blind[0]}: {told}"
+    return found
 
 
 def assert_gradients_equal(model, loss: torch.Tensor, expected: torch.Tensor) -> None:
     """Two losses are equal, and so are their gradients for every parameter."""
-    torch.testing.assert_close(loss, expected, **TIGHT)
+    assert_same(loss, expected, "the loss")
     ours, theirs = gradients(model, loss), gradients(model, expected)
     for name in theirs:
-        note = f"the gradient of {name} differs"
-        torch.testing.assert_close(ours[name], theirs[name], **TIGHT, msg=note)
+        assert_same(ours[name], theirs[name], f"the gradient of {name}")
 
 
 # ---- the method ----------------------------------------------------------------------------------
@@ -126,26 +127,37 @@ def stage_sums(model, matrices: dict, batch, stage: Stage, loss="ce", teacher_le
     return torch.stack(sums)
 
 
-def clipped(grad: torch.Tensor, limit: float) -> torch.Tensor:
-    """The gradient of one tensor, no longer than `limit`; 0 means no limit."""
-    norm = grad.norm().item()
-    return grad * (limit / norm) if 0 < limit < norm else grad
+def clipped(grads: list[torch.Tensor], memory: Memory) -> list[torch.Tensor]:
+    """Each no longer than memory.clip, by its own norm or by that of all; 0 means no limit."""
+    norms = [grad.norm().item() for grad in grads]
+    if memory.clip_by == "global":
+        norms = [sum(norm**2 for norm in norms) ** 0.5] * len(norms)
+    limit = memory.clip
+    return [g * (limit / norm) if 0 < limit < norm else g for g, norm in zip(grads, norms)]
 
 
 def inner_loop(model, batch, stages, fast: Fast, memory: Memory, second_order=False, **options):
     """Eqs. 6-8 for set 0 of `fast`: its fast weights after all stages. With second_order they are
     functions of the model's weights, through every step."""
-    names, phi = list(fast.weights), [part[0].detach() for part in fast.tensors()]
+    phi = [part[0].detach() for part in fast.tensors()]
+
+    def by_name(parts: list) -> dict:
+        """Parts in the order of `fast.tensors` -> name -> A, B. A is fixed in a full-rank one."""
+        pairs = zip(parts[::2], parts[1::2])
+        if memory.form == "full":
+            pairs = ((A[0], B) for (A, _), B in zip(fast.weights.values(), parts))
+        return dict(zip(fast.weights, pairs))
+
     for stage in stages * memory.epochs:
         leaves = [part if part.requires_grad else part.requires_grad_() for part in phi]
-        matrices = merge(model, dict(zip(names, zip(leaves[::2], leaves[1::2]))), fast.scale)
+        matrices = merge(model, by_name(leaves), fast.scale)
         sums = stage_sums(model, matrices, batch, stage, memory.loss, **options)
         loss = sums.sum() / stage.scored.sum()
         grads = torch.autograd.grad(loss, leaves, create_graph=second_order)
-        phi = [p - memory.lr * clipped(grad, memory.clip) for p, grad in zip(leaves, grads)]
+        phi = [p - memory.lr * grad for p, grad in zip(leaves, clipped(grads, memory))]
         if not second_order:
             phi = [part.detach() for part in phi]
-    return dict(zip(names, zip(phi[::2], phi[1::2])))
+    return by_name(phi)
 
 
 def outer_loss(model, batch: Batch, anchor: Anchor, matrices: dict) -> torch.Tensor:

@@ -266,7 +266,7 @@ def test_the_memory_picture_shows_the_inner_loop(make_model):
     are the words that the true answer does not have."""
     model, config = make_model(torch.float32), read_json(finished() / "config.json")
     config |= {"memory_lr": 0.5, "memory_fraction": 0.5, "noise": 0.5}
-    pairs = [memdlm.noisy_pairs(config, 0, 0, noise)[0] for noise in (0.5, 0)]
+    pairs = [memdlm.tiny_pairs(config, 0, 0, noise)[0] for noise in (0.5, 0)]
     view = eval_niah.memory_view(model, config, 0, *pairs)
     assert view["noisy"] == [a != b for a, b in zip(*(pair.response for pair in pairs))]
     assert 0 < sum(view["noisy"]) < len(view["noisy"])

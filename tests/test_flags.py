@@ -35,7 +35,7 @@ GROUPS = {
     "inner loop": "--memory-rank 4 --memory-alpha 8; --memory-alpha 64; --memory-lr 0.1; "
     "--memory-clip 0.01; --memory-fraction 1; --memory-scope batch; --memory-epochs 2; "
     "--start-scale 3; --memory-steps 1; --memory-strategy anchor_only; --memory-loss kl; "
-    "--memory-targets newly_revealed",
+    "--memory-targets newly_revealed; --memory-places ffn+attention; --memory-form full",
     "no number": "--save-every 1; --draws 2; --control-lr 1e-5; --memory-strategy consistent; "
     "--memory-clip 1e9",
 }
@@ -62,6 +62,13 @@ def test_each_flag_changes_what_it_says_and_nothing_else(usual, tmp_path, group)
     for i, flag in enumerate(GROUPS[group].split("; ")):
         changed = differing(usual, trained(tmp_path / str(i), flag))
         assert changed == CHANGED[group], f"{flag} changes {changed or 'nothing'}"
+
+
+def test_clip_by_says_whose_norm_is_clipped(tmp_path):
+    """It has an effect where gradients are clipped: on MemDLM alone."""
+    own = trained(tmp_path / "own", "--memory-clip 0.01")
+    together = trained(tmp_path / "global", "--memory-clip 0.01 --memory-clip-by global")
+    assert differing(own, together) == {MEMDLM}
 
 
 # ---- reading -------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from itertools import pairwise
 import pytest
 import slow
 import torch
-from slow import TIGHT, assert_set_equals, fast_loop, one_set, seeded
+from slow import assert_set_equals, fast_loop, one_set, seeded
+from teaching import TIGHT
 
 import memdlm
 from memdlm import INNER_LOSSES, STRATEGIES, TARGETS, Anchor, Memory, Stage, make_stages
@@ -211,7 +212,30 @@ def test_memdlm_loss_of_every_variant(model, batch, anchor, memory, strategy, st
     slow.assert_gradients_equal(model, got, expected)
 
 
-CHANGES = [{"steps": 3}, {"epochs": 2}, {"targets": "newly_revealed"}, {"scope": "batch"}]
+OTHERS = [{"places": "ffn+attention"}, {"form": "full"}, {"clip_by": "global", "clip": 0.3}]
+
+
+@pytest.mark.parametrize("change", OTHERS, ids=str)
+def test_memdlm_loss_of_every_kind_of_memory(model, batch, anchor, stages, memory, change):
+    """Fig. 7: attention is adapted, too, or a full-rank change of each matrix, whose A is the
+    identity and stays; and all gradients of a set clipped together. Against full forwards."""
+    memory = replace(memory, scope="batch", **change)
+    fast = memdlm.init_fast(model, memory, 1, seeded())
+    parts = {name.partition(".")[2].partition(".")[2] for name in fast.weights}
+    attention = {f"attention.{letter}" for letter in "qkvo"}
+    assert parts & attention == (attention if "places" in change else set())
+    got, _ = memdlm.memdlm_loss(model, batch, anchor, stages, fast, memory)
+    phi = slow.inner_loop(model, batch, stages, fast, memory)
+    expected = slow.outer_loss(model, batch, anchor, slow.merge(model, phi, fast.scale))
+    slow.assert_gradients_equal(model, got, expected)
+    assert (got - memdlm.mdlm_loss(model, batch, anchor)).abs() > 1e-3, "the memory is empty"
+    if "form" in change:
+        for name, (A, B) in phi.items():
+            assert A.equal(torch.eye(len(A), dtype=A.dtype)), name
+            assert torch.linalg.matrix_rank(B) > memory.rank, f"{name} has a low rank"
+
+
+CHANGES = [*OTHERS, {"steps": 3}, {"epochs": 2}, {"targets": "newly_revealed"}, {"scope": "batch"}]
 CHANGES += [{"loss": loss} for loss in DISTILLED]
 CHANGES += [{"strategy": name} for name in STRATEGIES if name != "consistent"]
 

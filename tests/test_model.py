@@ -8,7 +8,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from slow import TIGHT, merge, one_set, prompts_of, seeded
+from slow import merge, one_set, prompts_of, seeded
+from teaching import TIGHT, assert_same
 from torch.func import functional_call
 
 import data
@@ -16,6 +17,8 @@ from model import (
     Fast,
     Linear,
     UserError,
+    apply_lora,
+    fresh_lora,
     load_model,
     read_json,
     read_tensors,
@@ -82,7 +85,9 @@ def test_every_token_sees_the_ones_after_it(make_model):
     model, ids = make_model(canon=0), prompts_of(1, 8)
     other = ids.clone()
     other[0, -1] = (ids[0, -1] + 1) % data.EOS
-    assert ((model(ids) - model(other)).abs().amax(dim=-1) > 1e-4).all()
+    moved = (model(ids) - model(other)).abs().amax(dim=-1)[0] > 1e-4
+    blind = (~moved).nonzero()[:, 0].tolist()
+    assert not blind, f"places {blind} do not see the last token: is the attention causal?"
 
 
 # ---- attention and RoPE --------------------------------------------------------------------------
@@ -135,6 +140,43 @@ def test_prefix_then_suffix_is_the_whole_forward(model):
 # ---- fast weights: phi ---------------------------------------------------------------------------
 
 
+@pytest.mark.step3
+def test_lora_adds_scale_times_B_A_x_of_each_rows_set():
+    """Six rows and three sets: rows 0, 1 have set 0, rows 2, 3 set 1, rows 4, 5 set 2. Written out
+    row by row."""
+    shapes = ((6, 5, 7), (6, 5, 4), (3, 2, 4), (3, 7, 2))
+    y, x, A, B = (torch.randn(s, generator=seeded(), dtype=torch.float64) for s in shapes)
+
+    def by_row(set_of, scale: float) -> torch.Tensor:
+        sums = [y[i] + scale * x[i] @ A[set_of(i)].T @ B[set_of(i)].T for i in range(6)]
+        return torch.stack(sums)
+
+    mistakes = {
+        "the factor alpha / r is forgotten": by_row(lambda i: i // 2, 1.0),
+        "row i has set i % N, and not i // (rows / N)": by_row(lambda i: i % 3, 2.0),
+        "all rows have set 0": by_row(lambda i: 0, 2.0),
+        "y, the product with the matrix itself, is left out": by_row(lambda i: i // 2, 2.0) - y,
+    }
+    got = apply_lora(y.clone(), x, A, B, 2.0)
+    assert_same(got, by_row(lambda i: i // 2, 2.0), "y + 2 B A x", mistakes)
+
+
+@pytest.mark.step3
+def test_a_fresh_lora_is_kaiming_uniform_and_empty():
+    """For a matrix (20, 30), and for five of them: A (..., r, 30) is even between -1/sqrt(30) and
+    1/sqrt(30), of variance 1/90; B (..., 20, r) is zero; the generator decides."""
+    for stack in ((), (5,)):
+        A, B = fresh_lora((*stack, 20, 30), 400, torch.float64, seeded())
+        assert (A.shape, B.shape) == ((*stack, 400, 30), (*stack, 20, 400)), "A (r, in), B (out, r)"
+        assert (A.dtype, B.dtype) == (torch.float64, torch.float64), "the dtype is an argument"
+        assert not B.any(), "B must be zero: then B A = 0, and a fresh LoRA changes nothing"
+        assert A.abs().max() <= 30**-0.5, f"|A| up to {A.abs().max():.3f}, and not {30**-0.5:.3f}"
+        variance = A.var().item()
+        assert variance == pytest.approx(1 / 90, rel=0.05), "uniform has a third of the bound^2"
+        assert torch.equal(A, fresh_lora((*stack, 20, 30), 400, torch.float64, seeded())[0])
+
+
+@pytest.mark.step3
 @torch.no_grad()
 @pytest.mark.parametrize("sets", [1, 2, 3, 6])
 def test_each_set_is_a_low_rank_change_of_its_rows_matrices(model, sets):
@@ -145,10 +187,16 @@ def test_each_set_is_a_low_rank_change_of_its_rows_matrices(model, sets):
     for i in range(6):
         matrices = merge(model, one_set(fast, i // (6 // sets)), fast.scale)
         expected = functional_call(model, matrices, (ids[i : i + 1],))
-        torch.testing.assert_close(got[i : i + 1], expected, **TIGHT, msg=f"row {i}, {sets} sets")
+        merged = merge(model, one_set(fast, i // (6 // sets)), 1.0)
+        mistakes = {
+            "the factor alpha / r is forgotten": functional_call(model, merged, (ids[i : i + 1],)),
+            "the memory is not added at all": model(ids[i : i + 1]),
+        }
+        assert_same(got[i : i + 1], expected, f"the logits of row {i} of 6, {sets} sets", mistakes)
     assert (got - model(ids)).abs().max() > 0.1, "these fast weights do nothing"
 
 
+@pytest.mark.step3
 @torch.no_grad()
 def test_a_memory_is_empty_at_first_and_forgotten_without_a_trace(model):
     """phi_0 (B = 0, Sec. 3) changes no bit, nor does a fresh outer LoRA; and after a pass with a

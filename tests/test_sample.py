@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from slow import merge, one_set, prompts_of, seeded
+from teaching import assert_same
 from torch.func import functional_call
 
 import data
@@ -40,20 +41,21 @@ def record(model, prompts, blocks, **options) -> tuple[list[torch.Tensor], int]:
     return canvases, len(passes)
 
 
+@pytest.mark.step7
 @pytest.mark.parametrize(("length", "steps", "block_length", "quotas"), PLANS)
 def test_each_pass_commits_its_quota_in_each_row(model, length, steps, block_length, quotas):
     """The plan of LLaDA's generate.py: as even as whole numbers allow, since many tokens at once
     are predicted without seeing each other; each block is finished before those on its right. What
     is committed stays, and the prompt is only read."""
     blocks = plan_blocks(length, steps, block_length)
-    assert [block.quotas for block in blocks] == quotas
+    assert [block.quotas for block in blocks] == quotas, "as even as can be, the larger ones first"
     prompts = prompts_of(3, 5)
     canvases, passes = record(model, prompts, blocks, temperature=1.0, generator=seeded())
     quotas = [quota for block in blocks for quota in block.quotas]
     assert passes == len(quotas)
     left = [(canvas == data.MASK).sum(1).tolist() for canvas in canvases]
     committed = [[a - b for a, b in zip(*pair)] for pair in pairwise(left)]
-    assert committed == [[quota] * 3 for quota in quotas]
+    assert committed == [[quota] * 3 for quota in quotas], "each pass commits its quota in each row"
     for before, after in pairwise(canvases):
         done = before != data.MASK
         assert torch.equal(after[done], before[done]), "a committed token has changed"
@@ -105,13 +107,39 @@ def test_predictions_that_are_no_numbers_stop_the_program(model, bad):
         generate(model, prompts_of(2, 5), plan_blocks(4))
 
 
-def test_select_takes_the_most_confident_and_all_above_the_threshold():
+CONFIDENCE = [[0.3, 0.9, -1.0, 0.5], [-1.0, 0.2, 0.0, -1.0], [0.8, 0.8, 0.8, -1.0]]
+SELECTED = [  # quota, threshold -> the places that are committed
+    (2, None, [[0, 1, 0, 1], [0, 1, 1, 0], [1, 1, 0, 0]]),
+    (1, 0.8, [[0, 1, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0]]),
+    (1, 0.4, [[0, 1, 0, 1], [0, 1, 0, 0], [1, 1, 1, 0]]),
+    (3, None, [[1, 1, 0, 1], [0, 1, 1, 0], [1, 1, 1, 0]]),
+]
+
+
+@pytest.mark.step7(first=True)
+@pytest.mark.parametrize(("quota", "threshold", "places"), SELECTED)
+def test_select_takes_the_most_confident_and_all_above_the_threshold(quota, threshold, places):
     """Each row commits its own best `quota` places, the left one of equals, never one marked -1;
     and what is above the threshold, not just at it."""
-    rows = torch.tensor([[0.3, 0.9, -1.0, 0.5], [-1.0, 0.2, 0.1, -1.0], [0.8, 0.8, 0.8, -1.0]])
-    assert select(rows, 2).int().tolist() == [[0, 1, 0, 1], [0, 1, 1, 0], [1, 1, 0, 0]]
-    assert select(rows, 1, 0.8).int().tolist() == [[0, 1, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0]]
-    assert select(rows, 1, 0.4).int().tolist() == [[0, 1, 0, 1], [0, 1, 0, 0], [1, 1, 1, 0]]
+    confidence, expected = torch.tensor(CONFIDENCE), torch.tensor(places).double()
+    order = confidence.argsort(dim=1, descending=True, stable=True)
+    mistakes = {
+        "the ids of the places, in their order of confidence, are taken for ranks: the rank of a "
+        "place is where it stands in that order, argsort of argsort": (
+            (order < quota) & (confidence >= 0)
+        ).double(),
+        "places of confidence -1 are committed as well": (
+            (order.argsort(dim=1) < quota)
+            | (torch.zeros(3, 4, dtype=torch.bool) if threshold is None else confidence > threshold)
+        ).double(),
+        "the least confident places are committed": (
+            (confidence.masked_fill(confidence < 0, 9).argsort(1).argsort(1) < quota)
+            & (confidence >= 0)
+        ).double(),
+    }
+    got = select(confidence, quota, threshold).double()
+    what = f"of the confidences {CONFIDENCE}, quota {quota}, threshold {threshold}, what to commit"
+    assert_same(got, expected, what, mistakes)
 
 
 @torch.no_grad()
@@ -136,6 +164,7 @@ def test_guidance_compares_with_a_model_that_knows_nothing_of_the_prompt(model, 
 # ---- generation ----------------------------------------------------------------------------------
 
 
+@pytest.mark.step7
 @torch.no_grad()
 @pytest.mark.parametrize(("quota", "threshold"), [(2, None), (1, 0.6), (1, 1.0)])
 def test_each_greedy_pass_is_what_it_should_be(sharp, quota, threshold):
@@ -150,8 +179,12 @@ def test_each_greedy_pass_is_what_it_should_be(sharp, quota, threshold):
         logits[..., data.MASK] = -torch.inf
         confidence, tokens = logits.softmax(-1).max(-1)
         confidence = confidence.masked_fill(before != data.MASK, -1.0)
-        chosen = select(confidence, quota, threshold)
-        assert torch.equal(after, torch.where(chosen, tokens, before))
+        best = confidence.topk(quota, dim=1).indices
+        chosen = torch.zeros_like(before, dtype=torch.bool).scatter(1, best, True)
+        if threshold is not None:
+            chosen |= confidence > threshold
+        expected = torch.where(chosen & (confidence >= 0), tokens, before)
+        assert torch.equal(after, expected), "a pass commits the most confident tokens, no others"
 
 
 def test_sampling_follows_its_generator_alone(model):

@@ -50,6 +50,7 @@ def test_an_answer_with_memory_depends_on_its_own_prompt_alone(sharp, write):
 
 
 VARIANTS = [("paper", {"strategy": name}) for name in memdlm.STRATEGIES]
+VARIANTS += [("paper", {"places": "ffn+attention"}), ("surprise", {"form": "full"})]
 VARIANTS += [(rule, {"loss": "kl", "steps": 3, "epochs": 2}) for rule in WRITE_RULES]
 
 

@@ -4,6 +4,7 @@ putting them back must be the same as asking each token which experts it wants; 
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,21 @@ import torch.nn.functional as F
 from backbones import MIXTURES, SETTINGS, add_random_lora, random_fast, toy_batch, toy_model
 from torch import Tensor
 
+from data import Batch
 from full_scale.configs import BackboneConfig
 from full_scale.experts import ROUTERS, ExpertLinear, Mixture, by_expert
-from memdlm import Memory, adapted_matrices, generator_for, sgd
+from memdlm import (
+    Memory,
+    Stage,
+    adapted_matrices,
+    each_norm,
+    generator_for,
+    init_fast,
+    inner_loop,
+    sgd,
+    two_stages,
+    with_prefixes,
+)
 from model import Fast, Linear
 
 MEMORY = Memory(rank=4, alpha=8.0, lr=0.3, clip=0.5, fraction=0.5, scope="sample")
@@ -179,6 +192,29 @@ def test_the_memory_adapts_experts_and_llada2s_shared_expert_but_no_router():
         assert list(found) == [f"layers.{i}.mlp.{name}" for i in (1, 2) for name in names]
 
 
+@pytest.mark.parametrize("change", [{"places": "ffn+attention"}, {"form": "full"}], ids=str)
+@pytest.mark.parametrize("kind", ["llada", "llada-moe", "llada2"])
+def test_other_kinds_of_memory_write_each_row_alone(kind, change):
+    """Fig. 7 on experts: attention adapted, too, or a full-rank change of each matrix. Each row of
+    a batch has the memory that it would have by itself."""
+    model, (batch, anchor) = toy_model(kind), toy_batch(2, 12)
+    memory = replace(MEMORY, **change)
+    fast = init_fast(model, memory, 2, generator_for(1))
+    assert any("attention" in name for name in fast.weights) == ("places" in change)
+    stages = two_stages(anchor, batch.maskable, memory, generator_for(2))
+    ready = with_prefixes(model, batch, stages, memory)
+    together, _ = inner_loop(model, batch, ready, fast, memory)
+    for i in range(2):
+        row = slice(i, i + 1)
+        own = fast.with_tensors([part[row] for part in fast.tensors()])
+        part = [Stage(s.masked[row], s.scored[row], s.weight[row], None, s.h[row]) for s in ready]
+        one = Batch(batch.x0[row], batch.maskable[row], None)
+        alone, _ = inner_loop(model, one, part, own, memory)
+        for got, expected in zip(together.tensors(), alone.tensors()):
+            torch.testing.assert_close(got[row], expected, rtol=0, atol=1e-9)
+    assert all(B.any() for _, B in together.weights.values())
+
+
 def test_router_and_experts_share_one_draw_of_dropout(monkeypatch):
     """One draw for a token's x, one for the inner activations of its experts. PEFT draws for each
     matrix and each expert, which costs more and means the same."""
@@ -205,7 +241,8 @@ def test_clipping_looks_at_each_expert_of_each_set_alone():
     p, grad = torch.randn(2, 2, 3, 4, 5, generator=generator, dtype=torch.float64)
     grad[0, 1] *= 100
     grad[1, 2, 0, 0] = math.nan
-    new = sgd(p, grad, torch.tensor([1.0, 1.0]), Memory(lr=0.5, clip=1.0))
+    memory, [norm] = Memory(lr=0.5, clip=1.0), each_norm([grad])
+    new = sgd(p, grad, norm, torch.tensor([1.0, 1.0]), memory)
     expected = p.clone()
     for n, x in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]:
         expected[n, x] -= 0.5 * grad[n, x] * min(1.0, 1.0 / grad[n, x].norm().item())
