@@ -1,0 +1,266 @@
+"""
+analyses.py: the analyses of the paper's Sec. 4 on a laptop, ours beside the paper's.
+
+    python memdlm.py --tiny
+    python exercises/analyses.py fig6 fig11         some of figures.json
+    python exercises/analyses.py all                all of them but step0
+
+Each variant of the memory is trained from the bases of a finished `--tiny` run, on the batches and
+under the masks of that run, so that it differs from the run's MemDLM by the variant alone. What is
+measured is kept: started again, the command goes on where it was. Each figure becomes a picture and
+a table in OUT. figures.json says what a variant changes of the run's settings, and what the paper
+found (LLaDA-MoE, BABILong-1K). A difference is that from the default, paired by fine-tuning set;
+intervals are 95% t-intervals over these sets, uncorrected.
+"""
+
+import io
+import math
+import multiprocessing
+import signal
+import sys
+from argparse import Namespace
+from contextlib import redirect_stderr
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+from tqdm import tqdm
+
+import eval_niah
+import memdlm
+import sample
+from data import TASKS, Parser, collate, guarded, whole
+from exercises.methods import exact_method, pretraining_with_memory
+from model import UserError, read_json, write_json, write_text
+
+FIGURES = read_json(Path(__file__).with_name("figures.json"))
+VARIANTS = {name: one for figure in FIGURES.values() for name, one in figure["variants"].items()}
+TIMES = (1, 4)  # lengths that are scored, in lengths of the base
+
+# ---- one job: a variant on one fine-tuning set -----------------------------------------------
+
+
+def score(model, config: dict, seed: int, draw: int, how: sample.Write | None) -> dict:
+    """{"1x": mean score over the tasks, "4x": ...}, as `--tiny` scores; with `how`, after each
+    prompt was written."""
+    usual = eval_niah.build_parser().get_default
+    asked = Namespace(samples=usual("samples"), threshold=usual("threshold"), how=how)
+    asked.steps, asked.block_length, asked.wording, scores = None, None, config["wording"], {}
+    for times in TIMES:
+        one = partial(eval_niah.score_cell, model, how is not None, length=times * config["length"])
+        cells = [one(task=task, seed=seed, draw=draw, args=asked)["score"] for task in TASKS]
+        scores[f"{times}x"] = sum(cells) / len(cells)
+    return scores
+
+
+def fine_tuned(run: Path, config: dict, variant: dict, seed: int, draw: int, folder: Path) -> tuple:
+    """The model of a variant, and the log of its training."""
+    exact = variant.get("method") == "exact"
+    memdlm.METHODS["memdlm"] = exact_method if exact else memdlm.memory_method
+    args = Namespace(**config | variant.get("change", {}), save_every=50)
+    model, _ = memdlm.open_run(run, seed, draw, "base", "cpu")
+    memdlm.fine_tune(args, model, "memdlm", seed, draw, folder, "cpu")
+    model, meta = memdlm.load_model(folder / "memdlm.safetensors")
+    return model, meta["log"]
+
+
+def pretrained(config: dict, seed: int, folder: Path) -> tuple:
+    """A base that has met a memory from its first step on, and its losses on the fine-tuning set,
+    measured as those of the run's base."""
+    own = memdlm.memory_of(config)
+    memdlm.METHODS["base"] = partial(pretraining_with_memory, own)
+    model = memdlm.pretrain(Namespace(**config, bases=None, save_every=50), seed, folder, "cpu")
+    drawn = ((0, config["noise"]), (None, 0.0))
+    sets = [[collate(memdlm.tiny_pairs(config, seed, *which))] for which in drawn]
+    return model.eval(), [memdlm.measure_losses(model, *sets, own, seed, repeats=4)]
+
+
+def measure(run: Path, out: Path, job: tuple[str, int, int]) -> dict:
+    """The record of a job, (model of the run or variant, seed, draw), made if OUT has it not."""
+    name, seed, draw = job
+    variant, folder = (
+        VARIANTS.get(name, {}),
+        out / name.replace(" ", "_") / f"seed{seed}/draw{draw}",
+    )
+    if (folder / "record.json").exists():
+        record = read_json(folder / "record.json")
+        if record["settings"] == variant:  # figures.json still says the same
+            return record
+    torch.set_num_threads(1)
+    config, how = memdlm.read_config(run), None
+    with redirect_stderr(io.StringIO()):  # no bar of its own: several jobs run at once
+        if variant.get("method") == "step0":
+            model, log = pretrained(config, seed, folder)
+        elif "change" in variant or "method" in variant:
+            model, log = fine_tuned(run, config, variant, seed, draw, folder)
+        else:  # a model of the run; what its base has learnt, Standard MDLM's log says at step 0
+            own = "memdlm" if variant else name
+            model, meta = memdlm.open_run(run, seed, draw, own, "cpu")
+            log = meta["log"]
+            if name == "base":
+                log = memdlm.open_run(run, seed, draw, "mdlm", "cpu")[1]["log"][:1]
+    if "anchor_ratio" in variant:  # the paper's step size and its one pass
+        memory = replace(memdlm.memory_of(config), lr=0.1)
+        how = sample.Write("paper", memory, 1, variant["anchor_ratio"], config["length"])
+    record = {"variant": name, "settings": variant, "seed": seed, "draw": draw}
+    record |= {"with_memory": log[-1][memdlm.LOSSES[0]]}
+    record |= {"learnt": log[-1][memdlm.LOSSES[1]], "kept": score(model, config, seed, draw, how)}
+    write_json(folder / "record.json", record)
+    return record
+
+
+# ---- tables and pictures ---------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """A variant of a figure."""
+
+    name: str
+    paper: float  # the paper's score minus that of its default; nan: none is known
+    numbers: dict[str, tuple[float, float]]  # column -> mean and half-width over units
+
+    def sign(self) -> int:
+        """Whether it is better (1) or worse (-1) than the default by more than its interval."""
+        mean, half = self.numbers["4x minus default"]
+        return 0 if abs(mean) <= half else int(math.copysign(1, mean))
+
+
+def line_of(name: str, paper: float, records: dict, default: str, controls: list[str]) -> Line:
+    """records: model or variant -> unit -> record. A unit whose training has exploded, so that a
+    loss is no number, is left out, and the name says how many are left."""
+    ours, columns = dict(records[name]), {}
+    for unit, one in records[name].items():
+        if None in (one["learnt"], one["with_memory"]):
+            del ours[unit]
+    if len(ours) < len(records[name]):
+        name = f"{name} (n = {len(ours)})"
+    if not ours:
+        raise UserError(f"{name}: every training has exploded; take it out of figures.json.")
+    columns["train, with memory"] = [one["with_memory"] for one in ours.values()]
+    columns["learnt"] = [one["learnt"] for one in ours.values()]
+    for times in ("1x", "4x"):
+        columns[times] = [one["kept"][times] for one in ours.values()]
+    before = [records[default][unit]["kept"]["4x"] for unit in ours]
+    columns["4x minus default"] = [b - a for a, b in zip(before, columns["4x"])]
+    standard = []
+    for unit, one in ours.items():
+        known = [records[control][unit] for control in controls]
+        points = [(two["learnt"], two["kept"]["4x"]) for two in known]
+        standard.append(eval_niah.at_equal(points, one["learnt"]))
+    gains = [b - a for a, b in zip(standard, columns["4x"])]
+    columns["4x minus Standard MDLM at equal learnt loss"] = gains
+    return Line(name, paper, {key: eval_niah.t_interval(values) for key, values in columns.items()})
+
+
+def verdict(lines: list[Line]) -> str:
+    """A sentence: whether our differences from the default are the paper's."""
+    clear = [line for line in lines if line.sign()]
+    if all(math.isnan(line.paper) for line in lines):
+        found = [f"{line.name} is {'better' if line.sign() > 0 else 'worse'}" for line in clear]
+        return f"Clear differences from the default: {'; '.join(found) or 'none'}."
+    agree = [line.name for line in clear if line.sign() * line.paper > 0]
+    against = [line.name for line in clear if line.sign() * line.paper < 0]
+    text = f"{len(lines)} differences from the default. As in the paper: "
+    text += f"{'; '.join(agree) or 'none'}. Against it: {'; '.join(against) or 'none'}. "
+    return text + f"Not told apart from zero: {len(lines) - len(clear)}."
+
+
+def table(title: str, lines: list[Line], units: list[tuple[int, int]]) -> str:
+    """A figure's table in markdown, and its verdict."""
+    rows = ["| variant | paper | " + " | ".join(lines[0].numbers) + " |", "|---" * 8 + "|"]
+    for line in lines:
+        cells = [line.name, "-" if math.isnan(line.paper) else f"{line.paper:+.3f}"]
+        for key, (mean, half) in line.numbers.items():
+            text, interval = f"{mean:.3f}", f" ± {half:.3f}"
+            if "minus" in key:
+                text, interval = f"{mean:+.3f}", f" [{mean - half:.3f}, {mean + half:.3f}]"
+            cells.append(text + (interval if math.isfinite(half) else ""))
+        rows.append("| " + " | ".join(cells) + " |")
+    seeds = sorted({seed for seed, _ in units})
+    told = f"n = {len(units)} fine-tuning sets, of seeds {', '.join(map(str, seeds))}."
+    if len(units) > len(seeds):
+        told += " Sets of one base are not independent, so that these intervals are too narrow."
+    return "\n".join([f"## {title}", "", *rows, "", f"{verdict(lines[1:])} {told}", ""])
+
+
+def draw(title: str, lines: list[Line], path: Path) -> None:
+    """The paper's differences from its default, where it has any, and beside them ours with their
+    intervals, on one scale."""
+    means, halves = zip(*(line.numbers["4x minus default"] for line in lines))
+    halves, paper = [eval_niah.finite(half) or 0 for half in halves], [one.paper for one in lines]
+    panels = {"ours, 4x the base's length": (means, halves, "tab:blue")}
+    if not any(map(math.isnan, paper)):
+        panels = {"paper, BABILong-1K": (paper, [0] * len(lines), "tab:gray")} | panels
+    reach = 1.1 * max(abs(x) + half for xs, wide, _ in panels.values() for x, half in zip(xs, wide))
+    figure, [axes] = eval_niah.new_figure(1, len(panels), 5 * len(panels), 1.5 + 0.4 * len(lines))
+    for axis, (whose, (xs, wide, colour)) in zip(axes, panels.items()):
+        axis.errorbar(xs, range(len(lines)), xerr=wide, fmt="o", color=colour, capsize=3)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(xlabel=f"score minus the default's ({whose})", xlim=(-reach, reach))
+        names = [line.name for line in lines] if axis is axes[0] else [""] * len(lines)
+        axis.set_yticks(range(len(lines)), names)
+        axis.set_ylim(len(lines) - 0.5, -0.5)
+    figure.suptitle(title.replace(" (", "\n("), fontsize=10)
+    eval_niah.save_picture(figure, path)
+
+
+def report(name: str, records: dict, controls: list[str], out: Path) -> str:
+    """Draws a figure, and returns its table."""
+    figure, base = FIGURES[name], FIGURES[name].get("default", "memdlm")
+    units = list(records[next(iter(figure["variants"]))])
+    records = records | {base: {unit: records[base][unit] for unit in units}}
+    lines = [line_of(base, 0.0, records, base, controls)._replace(name="default")]
+    for variant, one in figure["variants"].items():
+        paper = one["paper"] - figure["paper"] if "paper" in one else math.nan
+        lines.append(line_of(variant, paper, records, base, controls))
+    draw(figure["title"], lines, out / f"{name}.png")
+    text = table(figure["title"], lines, units) + f"\n![{name}]({name}.png)\n"
+    write_text(out / f"{name}.md", text)
+    return text
+
+
+# ---- command line ----------------------------------------------------------------------------
+
+
+def run(arguments: list[str]) -> None:
+    """Measures what is missing, then draws."""
+    parser = Parser("Draws the paper's analyses of the memory, trained on the bases of a run.")
+    flag = parser.add_argument
+    flag("names", nargs="+", choices=[*FIGURES, "all"], help="which figures")
+    flag("--run", type=Path, default=Path("runs/tiny"), help="folder of a finished --tiny run")
+    flag("--out", type=Path, default=Path("runs/analyses"), help="folder for what is written")
+    flag("--draws", type=whole(1), help="the first so many draws of each seed; without it, all")
+    flag("--processes", type=whole(1), default=multiprocessing.cpu_count(), help="jobs at once")
+    args = parser.parse_args(arguments)
+    every = [name for name in FIGURES if name != "step0"] if "all" in args.names else []
+    names = eval_niah.distinct_values([*every, *(name for name in args.names if name != "all")])
+    config = memdlm.read_config(args.run)
+    if config.get("student"):
+        raise UserError(f"{args.run} was trained by {config['student']}: take a run of this code.")
+    memdlm.open_run(args.run, config["seed"], 0, "memdlm", "cpu")  # it is finished
+    note, path = {"run": config}, args.out / "config.json"
+    if path.exists() and read_json(path) != note:
+        raise UserError(f"{args.out} has the analyses of another run: name another folder.")
+    write_json(path, note)
+    controls = ["base", *(arm for arm in memdlm.arms(config) if arm != "memdlm")]
+    wanted = [*controls, "memdlm", *(v for name in names for v in FIGURES[name]["variants"])]
+    seeds = range(config["seed"], config["seed"] + config["seeds"])
+    draws = range(min(args.draws or config["draws"], config["draws"]))
+    jobs = [(job, seed, number) for seed in seeds for number in draws for job in wanted]
+    base_alone = {name for name, one in VARIANTS.items() if one.get("method") == "step0"}
+    jobs = [job for job in jobs if job[0] not in base_alone or job[2] == 0]
+    ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    with multiprocessing.get_context("spawn").Pool(args.processes, **ignore) as pool:
+        done = pool.imap_unordered(partial(measure, args.run, args.out), jobs)
+        measured = list(tqdm(done, "variants", total=len(jobs)))
+    records: dict = {name: {} for name in wanted}
+    for one in sorted(measured, key=lambda one: (one["seed"], one["draw"])):
+        records[one["variant"]][one["seed"], one["draw"]] = one
+    print("\n".join(report(name, records, controls, args.out) for name in names))
+
+
+if __name__ == "__main__":
+    guarded(lambda: run(sys.argv[1:]))
