@@ -800,9 +800,10 @@ def start_run(out: Path, wanted: dict, resume: bool) -> None:
     --resume and with the same settings, so that old weights never get new settings."""
     if not resume and any(out.rglob("*.safetensors")):
         raise UserError(f"--out {out} holds a run: add --resume, or name another folder.")
-    for name, value in read_config(out, wanted["dial"]).items() if resume else ():
-        if wanted.get(name) != value:
-            asked = f"--{name.replace('_', '-')} {value}, not {wanted.get(name)}"
+    known = read_config(out, wanted["dial"]) if resume else wanted
+    for name, value in wanted.items():
+        if known.get(name) != value:
+            asked = f"--{name.replace('_', '-')} {known.get(name)}, not {value}"
             raise UserError(f"--resume: the run in {out} was started with {asked}.")
     write_json(out / "config.json", wanted)
 

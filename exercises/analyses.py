@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import signal
 import sys
+import zlib
 from argparse import Namespace
 from contextlib import redirect_stderr
 from dataclasses import replace
@@ -81,14 +82,11 @@ def pretrained(config: dict, seed: int, folder: Path) -> tuple:
 def measure(run: Path, out: Path, job: tuple[str, int, int]) -> dict:
     """The record of a job, (model of the run or variant, seed, draw), made if OUT has it not."""
     name, seed, draw = job
-    variant, folder = (
-        VARIANTS.get(name, {}),
-        out / name.replace(" ", "_") / f"seed{seed}/draw{draw}",
-    )
+    variant = VARIANTS.get(name, {})
+    place = f"{name}-{zlib.crc32(repr(variant).encode()):08x}"  # another setting, another folder
+    folder = out / place.replace(" ", "_") / f"seed{seed}" / f"draw{draw}"
     if (folder / "record.json").exists():
-        record = read_json(folder / "record.json")
-        if record["settings"] == variant:  # figures.json still says the same
-            return record
+        return read_json(folder / "record.json")
     torch.set_num_threads(1)
     config, how = memdlm.read_config(run), None
     with redirect_stderr(io.StringIO()):  # no bar of its own: several jobs run at once
@@ -105,7 +103,7 @@ def measure(run: Path, out: Path, job: tuple[str, int, int]) -> dict:
     if "anchor_ratio" in variant:  # the paper's step size and its one pass
         memory = replace(memdlm.memory_of(config), lr=0.1)
         how = sample.Write("paper", memory, 1, variant["anchor_ratio"], config["length"])
-    record = {"variant": name, "settings": variant, "seed": seed, "draw": draw}
+    record = {"variant": name, "seed": seed, "draw": draw}
     record |= {"with_memory": log[-1][memdlm.LOSSES[0]]}
     record |= {"learnt": log[-1][memdlm.LOSSES[1]], "kept": score(model, config, seed, draw, how)}
     write_json(folder / "record.json", record)
@@ -128,9 +126,9 @@ class Line(NamedTuple):
         return 0 if abs(mean) <= half else int(math.copysign(1, mean))
 
 
-def line_of(name: str, paper: float, records: dict, default: str, controls: list[str]) -> Line:
+def line_of(name: str, paper: float, records: dict, default: str, controls: list) -> Line | None:
     """records: model or variant -> unit -> record. A unit whose training has exploded, so that a
-    loss is no number, is left out, and the name says how many are left."""
+    loss is no number, is left out, and the name says how many are left; without any, None."""
     ours, columns = dict(records[name]), {}
     for unit, one in records[name].items():
         if None in (one["learnt"], one["with_memory"]):
@@ -138,7 +136,7 @@ def line_of(name: str, paper: float, records: dict, default: str, controls: list
     if len(ours) < len(records[name]):
         name = f"{name} (n = {len(ours)})"
     if not ours:
-        raise UserError(f"{name}: every training has exploded; take it out of figures.json.")
+        return None
     columns["train, with memory"] = [one["with_memory"] for one in ours.values()]
     columns["learnt"] = [one["learnt"] for one in ours.values()]
     for times in ("1x", "4x"):
@@ -148,7 +146,7 @@ def line_of(name: str, paper: float, records: dict, default: str, controls: list
     standard = []
     for unit, one in ours.items():
         known = [records[control][unit] for control in controls]
-        points = [(two["learnt"], two["kept"]["4x"]) for two in known]
+        points = [(two["learnt"], two["kept"]["4x"]) for two in known if two["learnt"] is not None]
         standard.append(eval_niah.at_equal(points, one["learnt"]))
     gains = [b - a for a, b in zip(standard, columns["4x"])]
     columns["4x minus Standard MDLM at equal learnt loss"] = gains
@@ -215,7 +213,8 @@ def report(name: str, records: dict, controls: list[str], out: Path) -> str:
     lines = [line_of(base, 0.0, records, base, controls)._replace(name="default")]
     for variant, one in figure["variants"].items():
         paper = one["paper"] - figure["paper"] if "paper" in one else math.nan
-        lines.append(line_of(variant, paper, records, base, controls))
+        line = line_of(variant, paper, records, base, controls)
+        lines += [line] if line else []
     draw(figure["title"], lines, out / f"{name}.png")
     text = table(figure["title"], lines, units) + f"\n![{name}]({name}.png)\n"
     write_text(out / f"{name}.md", text)
@@ -235,6 +234,10 @@ def run(arguments: list[str]) -> None:
     flag("--draws", type=whole(1), help="the first so many draws of each seed; without it, all")
     flag("--processes", type=whole(1), default=multiprocessing.cpu_count(), help="jobs at once")
     args = parser.parse_args(arguments)
+    settings = vars(memdlm.build_parser().parse_args(["--tiny"]))
+    for name, one in VARIANTS.items():
+        for key in one.get("change", {}).keys() - settings.keys():
+            raise UserError(f"figures.json: {name} changes {key}, which is no setting.")
     every = [name for name in FIGURES if name != "step0"] if "all" in args.names else []
     names = eval_niah.distinct_values([*every, *(name for name in args.names if name != "all")])
     config = memdlm.read_config(args.run)

@@ -132,8 +132,10 @@ SABOTAGES = {
 
 def copy_project(out: Path) -> None:
     """The five files and their tests, without exercises/ and full_scale/."""
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out} is not empty: name another folder.")
+    if ROOT in [out.resolve(), *out.resolve().parents]:
+        raise UserError(f"--out {out} lies in the project itself: name a folder outside.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} is no empty folder: name another one.")
     ignored = shutil.ignore_patterns("__pycache__", "full_scale", "exercises")
     shutil.copytree(ROOT / "tests", out / "tests", ignore=ignored, dirs_exist_ok=True)
     shutil.copytree(ROOT / "assets", out / "assets", dirs_exist_ok=True)

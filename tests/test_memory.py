@@ -308,6 +308,12 @@ def test_a_stage_is_weighted_by_the_share_that_it_really_masks(model, batch, sta
             "the weight is missing": nlls / count if sets == 4 else nlls.sum()[None] / 11,
         }
         assert_same(loss, expected, f"the loss of {sets} sets", mistakes)
+    part = batch._replace(attention_mask=torch.arange(12) < torch.tensor([[12], [12], [12], [9]]))
+    stage = memdlm.with_prefixes(model, part, stages, memory)[1]
+    hidden = slow.nll(model, {}, part, stage.masked).sum(1) * stage.weight / count
+    loss = memdlm.stage_loss(model, part, stage, init_fast(model, memory, 4, seeded()), memory)
+    hint = "Hand batch.attention_mask to model.run."
+    assert_same(loss, hidden, "the loss where three places are hidden", hint=hint)
 
 
 @pytest.mark.step5
@@ -342,6 +348,30 @@ def test_a_non_finite_loss_skips_its_own_update_alone(model, batch, stages, memo
     for ours, whole, skipped in zip(got.tensors(), usual.tensors(), second.tensors()):
         assert torch.equal(ours[[0, 2, 3]], whole[[0, 2, 3]]), "a healthy row has changed"
         assert torch.equal(ours[1], skipped[1]), "the broken row's stage was not skipped cleanly"
+
+
+@pytest.mark.step5
+def test_a_gradient_that_is_not_finite_skips_its_own_matrix_alone(model, batch, stages, memory):
+    """The loss is finite, but row 1 sends a NaN back into the gate of layer 2: that A and B of set
+    1 stay, and all others move as they would have."""
+    fast = init_fast(model, memory, 4, seeded())
+    fast = fast.with_tensors([part + 0.02 for part in fast.tensors()])
+    stage = memdlm.with_prefixes(model, batch, stages, memory)[1]
+    usual, _ = memdlm.inner_step(model, batch, stage, fast, memory)
+    broken = torch.ones(4, 1, 1, dtype=torch.float64).index_fill(0, torch.tensor(1), math.nan)
+
+    def spoil(module, inputs, output) -> None:
+        output.register_hook(lambda grad: grad * broken)
+
+    model.layers[2].mlp.gate.register_forward_hook(spoil)
+    got, loss = memdlm.inner_step(model, batch, stage, fast, memory)
+    assert loss.isfinite().all()
+    for name in fast.weights:
+        for before, after, free in zip(*(m.weights[name] for m in (fast, got, usual))):
+            own = name == "layers.2.mlp.gate"
+            expected = torch.cat([free[:1], before[1:2], free[2:]]) if own else free
+            what = f"{name} after a step with a NaN in the gradient of layers.2.mlp.gate, set 1"
+            assert_same(after, expected, what, hint="What is not finite must be skipped.")
 
 
 @pytest.mark.step5

@@ -244,6 +244,21 @@ def test_resume_with_any_other_setting_names_its_flag(tmp_path):
         assert read_json(tmp_path / "config.json") == wanted, "a refused run changed its settings"
 
 
+def test_a_run_of_an_earlier_version_is_read_but_not_continued(tmp_path, capsys):
+    """Its settings do not name what came later. It is read with the values it was trained with, the
+    defaults; to go on with it is refused before anything is touched."""
+    run = running.copy_of_finished(tmp_path)
+    config = read_json(run / "config.json")
+    del config["memory_form"]
+    write_json(run / "config.json", config)
+    before = running.stamps(run)
+    assert memdlm.memory_of(config).form == "lora"
+    memdlm.open_run(run, 0, 0, "memdlm", "cpu")
+    asked = [*TINY, *SEVERAL, "--out", run, "--resume"]
+    assert "--memory-form None, not lora" in refusal(capsys, memdlm.main, *asked)
+    assert running.stamps(run) == before
+
+
 def test_resume_after_a_change_of_the_tasks_is_refused(tmp_path, capsys, monkeypatch):
     """What the generators produce is part of what a run is: with another filler in data.py, its
     fine-tuning set is not what it was."""

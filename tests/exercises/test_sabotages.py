@@ -69,5 +69,6 @@ def test_the_command_writes_a_copy_or_says_what_is_wrong(tmp_path, capsys):
         guarded(lambda: sabotages.run(arguments))
 
     again = refusal(capsys, main, "prompt_masked", "--out", tmp_path / "copy")
-    assert "not empty" in again
+    assert "no empty folder" in again
+    assert "itself" in refusal(capsys, main, "prompt_masked", "--out", ROOT / "assets" / "copy")
     assert "--out" in refusal(capsys, main, "prompt_masked")
