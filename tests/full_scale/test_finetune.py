@@ -134,6 +134,8 @@ CHANGE = [
     *("--memory-alpha 8", "--memory-lr 1", "--memory-clip 0.001", "--memory-fraction 1"),
     *("--memory-scope sample", "--memory-steps 3", "--memory-epochs 2", "--memory-loss kl"),
     *("--memory-strategy anchor_only", "--memory-targets newly_revealed", "--start-scale 3"),
+    *("--memory-places ffn+attention", "--memory-form full"),
+    *("--memory-clip 0.001 --memory-clip-by global",),
 ]
 KEEP = "--save-every 1 --eval-every 1 --eval-examples 2 --checkpoint-activations --dtype float32"
 ELSEWHERE = {"--backbone", "--data", "--out", "--device", "--resume", "--epochs", "--help"}
