@@ -791,7 +791,7 @@ def memory_of(config: dict) -> Memory:
     """The inner loop's settings out of a run's settings: memory_rank is Memory's rank."""
     flags = {field.name: f"memory_{field.name}" for field in fields(Memory)}
     flags["start_scale"] = "start_scale"
-    # The run of an earlier version does not name the newest of them.
+    # A run of an earlier version does not name the newest of them.
     return Memory(**{name: config[flag] for name, flag in flags.items() if flag in config})
 
 

@@ -210,7 +210,10 @@ def report(name: str, records: dict, controls: list[str], out: Path) -> str:
     figure, base = FIGURES[name], FIGURES[name].get("default", "memdlm")
     units = list(records[next(iter(figure["variants"]))])
     records = records | {base: {unit: records[base][unit] for unit in units}}
-    lines = [line_of(base, 0.0, records, base, controls)._replace(name="default")]
+    default = line_of(base, 0.0, records, base, controls)
+    if default is None:
+        raise UserError(f"every training of {base} in the run has exploded: nothing to compare.")
+    lines = [default._replace(name="default")]
     for variant, one in figure["variants"].items():
         paper = one["paper"] - figure["paper"] if "paper" in one else math.nan
         line = line_of(variant, paper, records, base, controls)
@@ -224,6 +227,35 @@ def report(name: str, records: dict, controls: list[str], out: Path) -> str:
 # ---- command line ----------------------------------------------------------------------------
 
 
+def check_variants() -> None:
+    """Refuses a line of figures.json that would change nothing."""
+    settings = vars(memdlm.build_parser().parse_args(["--tiny"]))
+    for name, one in VARIANTS.items():
+        for key in one.get("change", {}).keys() - settings.keys():
+            raise UserError(f"figures.json: {name} changes {key}, which is no setting.")
+
+
+def open_folders(run: Path, out: Path) -> dict:
+    """The settings of a run, if it is one that can be analysed and OUT is not another one's."""
+    config, path = memdlm.read_config(run), out / "config.json"
+    if config.get("student"):
+        raise UserError(f"{run} was trained by {config['student']}: take a run of this code.")
+    memdlm.open_run(run, config["seed"], 0, "memdlm", "cpu")  # it is finished
+    if path.exists() and read_json(path) != {"run": config}:
+        raise UserError(f"{out} has the analyses of another run: name another folder.")
+    write_json(path, {"run": config})
+    return config
+
+
+def jobs_of(config: dict, draws: int | None, wanted: list[str]) -> list[tuple[str, int, int]]:
+    """(model or variant, seed, draw) of all that is wanted. A base has one job for all draws."""
+    seeds = range(config["seed"], config["seed"] + config["seeds"])
+    numbers = range(min(draws or config["draws"], config["draws"]))
+    jobs = [(name, seed, number) for seed in seeds for number in numbers for name in wanted]
+    bases = {name for name, one in VARIANTS.items() if one.get("method") == "step0"}
+    return [job for job in jobs if job[0] not in bases or job[2] == 0]
+
+
 def run(arguments: list[str]) -> None:
     """Measures what is missing, then draws."""
     parser = Parser("Draws the paper's analyses of the memory, trained on the bases of a run.")
@@ -234,27 +266,13 @@ def run(arguments: list[str]) -> None:
     flag("--draws", type=whole(1), help="the first so many draws of each seed; without it, all")
     flag("--processes", type=whole(1), default=multiprocessing.cpu_count(), help="jobs at once")
     args = parser.parse_args(arguments)
-    settings = vars(memdlm.build_parser().parse_args(["--tiny"]))
-    for name, one in VARIANTS.items():
-        for key in one.get("change", {}).keys() - settings.keys():
-            raise UserError(f"figures.json: {name} changes {key}, which is no setting.")
     every = [name for name in FIGURES if name != "step0"] if "all" in args.names else []
     names = eval_niah.distinct_values([*every, *(name for name in args.names if name != "all")])
-    config = memdlm.read_config(args.run)
-    if config.get("student"):
-        raise UserError(f"{args.run} was trained by {config['student']}: take a run of this code.")
-    memdlm.open_run(args.run, config["seed"], 0, "memdlm", "cpu")  # it is finished
-    note, path = {"run": config}, args.out / "config.json"
-    if path.exists() and read_json(path) != note:
-        raise UserError(f"{args.out} has the analyses of another run: name another folder.")
-    write_json(path, note)
+    check_variants()
+    config = open_folders(args.run, args.out)
     controls = ["base", *(arm for arm in memdlm.arms(config) if arm != "memdlm")]
     wanted = [*controls, "memdlm", *(v for name in names for v in FIGURES[name]["variants"])]
-    seeds = range(config["seed"], config["seed"] + config["seeds"])
-    draws = range(min(args.draws or config["draws"], config["draws"]))
-    jobs = [(job, seed, number) for seed in seeds for number in draws for job in wanted]
-    base_alone = {name for name, one in VARIANTS.items() if one.get("method") == "step0"}
-    jobs = [job for job in jobs if job[0] not in base_alone or job[2] == 0]
+    jobs = jobs_of(config, args.draws, wanted)
     ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
     with multiprocessing.get_context("spawn").Pool(args.processes, **ignore) as pool:
         done = pool.imap_unordered(partial(measure, args.run, args.out), jobs)

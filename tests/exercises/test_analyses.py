@@ -128,8 +128,9 @@ def test_a_ratio_writes_the_prompts_by_the_papers_rule(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys):
-    """An unknown figure, no run, and a folder with the analyses of another run."""
+def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys, monkeypatch):
+    """An unknown figure, no run, a folder with the analyses of another run, a run of other code,
+    and a setting of figures.json that is misspelt."""
 
     def main(arguments: list[str]) -> None:
         guarded(lambda: analyses.run(arguments))
@@ -139,6 +140,10 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     other = ["fig6", "--run", finished(), "--out", tmp_path]
     assert "of another run" in refusal(capsys, main, *other)
+    monkeypatch.setattr(memdlm, "read_config", mock.Mock(return_value={"student": "anna.py 1"}))
+    assert "was trained by anna.py" in refusal(capsys, main, *other)
+    monkeypatch.setitem(VARIANTS, "wrong", {"change": {"memory_stepps": 3}})
+    assert "memory_stepps, which is no setting" in refusal(capsys, main, *other)
 
 
 def test_the_readmes_table_is_what_the_command_has_written():
