@@ -189,15 +189,20 @@ def draw(title: str, lines: list[Line], path: Path) -> None:
     intervals, on one scale."""
     means, halves = zip(*(line.numbers["4x minus default"] for line in lines))
     halves, paper = [eval_niah.finite(half) or 0 for half in halves], [one.paper for one in lines]
-    panels = {"ours, 4x the base's length": (means, halves, "tab:blue")}
+    panels = {"ours (4x): score minus the default's": (means, halves, "tab:blue")}
     if not any(map(math.isnan, paper)):
-        panels = {"paper, BABILong-1K": (paper, [0] * len(lines), "tab:gray")} | panels
+        panels = {
+            "paper (BABILong-1K): score minus the default's": (paper, [0] * len(lines), "tab:gray")
+        } | panels
     reach = 1.1 * max(abs(x) + half for xs, wide, _ in panels.values() for x, half in zip(xs, wide))
-    figure, [axes] = eval_niah.new_figure(1, len(panels), 5 * len(panels), 1.5 + 0.4 * len(lines))
+    figure, [axes] = eval_niah.new_figure(
+        1, len(panels), 1.5 + 4 * len(panels), 1.5 + 0.4 * len(lines)
+    )
     for axis, (whose, (xs, wide, colour)) in zip(axes, panels.items()):
         axis.errorbar(xs, range(len(lines)), xerr=wide, fmt="o", color=colour, capsize=3)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(xlabel=f"score minus the default's ({whose})", xlim=(-reach, reach))
+        axis.set(xlabel=whose, xlim=(-reach, reach))
+        axis.locator_params(axis="x", nbins=5)
         names = [line.name for line in lines] if axis is axes[0] else [""] * len(lines)
         axis.set_yticks(range(len(lines)), names)
         axis.set_ylim(len(lines) - 0.5, -0.5)
