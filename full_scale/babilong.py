@@ -1,5 +1,5 @@
 """
-babilong.py: prompts of BABILong's tasks qa1 to qa5 (Kuratov et al. 2024, arXiv 2406.10149).
+babilong.py: prompts of BABILong's tasks qa1 to qa10 (Kuratov et al. 2024, arXiv 2406.10149).
 
 A story of bAbI (Weston et al. 2015, arXiv 1502.05698) is hidden, fact by fact, among the sentences
 of a text that has nothing to do with it, and a question is asked about the story:
@@ -10,6 +10,11 @@ of a text that has nothing to do with it, and a question is asked about the stor
   qa3   what they tell in qa2               "Where was the milk before the office?"
   qa4   "The hallway is north of the ..."   "What is north of the kitchen?"
   qa5   qa2's, and "Mary gave the milk ..." "Who gave the milk to John?"
+  qa6   what they tell in qa2               "Is Mary in the office?"
+  qa7   what they tell in qa5               "How many objects is Mary carrying?"
+  qa8   what they tell in qa2               "What is Mary carrying?"
+  qa9   qa1's, and "Mary is not in the ..." "Is Mary in the office?"
+  qa10  "Mary is either in the ... or ..."  "Is Mary in the park?"
 
 bAbI's files are not part of this project, so the stories come from a small simulated world. It
 keeps two books: where everybody and everything is (`place`), and what a reader can tell from the
@@ -51,6 +56,11 @@ class Event(NamedTuple):
     is    -            object     the place where it is
     was   later place  object     the place where it was before
     side  place        direction  the place that it lies on this side of
+    at    person       -          place
+    not   person       -          the place where the person is not any more
+    or    person       place      another place: the person is in one of the two
+    in    person       answer     place: whether the person is there, "yes", "no" or "maybe"
+    load  person       answer     how many objects the person carries, or which
     """
 
     kind: str
@@ -60,13 +70,17 @@ class Event(NamedTuple):
 
 
 FOUR = ["Mary", "John", "Sandra", "Daniel"]
-PEOPLE = {"qa1": FOUR, "qa2": FOUR, "qa3": FOUR, "qa5": ["Mary", "Fred", "Bill", "Jeff"]}
+PEOPLE = {f"qa{number}": FOUR for number in (1, 2, 3, 6, 7, 8, 9)}
+PEOPLE |= {"qa5": ["Mary", "Fred", "Bill", "Jeff"], "qa10": ["Mary", "Fred", "Bill", "Julie"]}
 OBJECTS = ["apple", "football", "milk"]
 PLACES = ["bathroom", "bedroom", "garden", "hallway", "kitchen", "office"]
+TOWN = ["bedroom", "cinema", "kitchen", "office", "park", "school"]  # of qa10
+NUMBERS = ["none", "one", "two", "three"]
 DIRECTIONS = ["north", "east", "south", "west"]
 
 # task -> the fewest and the most facts of a story
 STORY_SIZES = {"qa1": (2, 10), "qa2": (6, 30), "qa3": (10, 60), "qa4": (2, 2), "qa5": (5, 20)}
+STORY_SIZES |= {"qa6": (2, 26), "qa7": (5, 40), "qa8": (5, 40), "qa9": (2, 10), "qa10": (2, 10)}
 
 
 def ways_to_tell(verbs: str, *endings: str) -> list[str]:
@@ -81,6 +95,9 @@ SENTENCES = {
     "drop": ways_to_tell("dropped, discarded, left, put down", "the {what}."),
     "give": ways_to_tell("gave, handed, passed", "the {what} to {to}."),
     "side": ["The {who} is {what} of the {to}."],
+    "at": ["{who} is in the {to}."],
+    "not": ["{who} is not in the {to}.", "{who} is no longer in the {to}."],
+    "or": ["{who} is either in the {what} or the {to}."],
 }
 
 # task -> questions and their answers, both filled in from a truth
@@ -96,7 +113,11 @@ QUESTIONS = {
         ("Who gave the {what}?", "{who}"),
         ("Who received the {what}?", "{to}"),
     ],
+    "qa7": [("How many objects is {who} carrying?", "{what}")],
+    "qa8": [("What is {who} carrying?", "{what}")],
 }
+WHETHER = ("qa6", "qa9", "qa10")
+QUESTIONS |= {task: [("Is {who} in the {to}?", "{what}")] for task in WHETHER}
 
 # ---- a world in which people move and objects change hands ---------------------------------------
 
@@ -106,6 +127,9 @@ WEIGHTS = {
     "qa2": {"go": 6, "take": 3, "drop": 2},
     "qa3": {"go": 6, "take": 3, "drop": 2},
     "qa5": {"go": 3, "take": 3, "drop": 1, "give": 4},
+    "qa6": {"go": 6, "take": 3, "drop": 2},
+    "qa7": {"go": 3, "take": 6, "drop": 1, "give": 2},
+    "qa8": {"go": 3, "take": 6, "drop": 2},
 }
 
 
@@ -174,6 +198,16 @@ def truths_of(task: str, scene: Scene, events: list[Event]) -> list[Event]:
         return [Event("go", who, to=told[who][-1]) for who in scene.people if told[who]]
     if task == "qa2":  # where objects are
         return [Event("is", "", what, told[what][-1]) for what in scene.objects if told[what]]
+    if task == "qa6":  # where people are, and where they are not
+        known = [Event("go", who, to=told[who][-1]) for who in scene.people if told[who]]
+        return [truth for event in known for truth in whereabouts(event, PLACES)]
+    if task in ("qa7", "qa8"):  # what people carry, if the facts have told of their doings
+        named = {name for event in events for name in (event.who, event.to)}
+        loads = {who: sorted(scene.load(who)) for who in scene.people if who in named}
+        said = {who: ",".join(load) or "nothing" for who, load in loads.items()}
+        if task == "qa7":
+            said = {who: NUMBERS[len(load)] for who, load in loads.items()}
+        return [Event("load", who, answer) for who, answer in said.items()]
     if task == "qa5":  # who gave what to whom
         return [event for event in events if event.kind == "give"]
     # qa3: where objects were before each of their places. Before the first place nobody knows (""):
@@ -202,6 +236,41 @@ def live(task: str, n: int, rng: random.Random) -> tuple[list[Event], list[Event
         scene.happen(event)
         events.append(event)
     return events, truths_of(task, scene, events)
+
+
+# ---- qa6, qa9, qa10: whether somebody is in a place ----------------------------------------------
+
+
+def whereabouts(event: Event, places: list[str]) -> list[Event]:
+    """Whether the person of an event is in each of the places, as far as it tells."""
+    answers = {event.to: "no"}
+    if event.kind != "not":
+        answers = dict.fromkeys(places, "no") | {event.to: "yes"}
+    if event.kind == "or":
+        answers |= {event.what: "maybe", event.to: "maybe"}
+    return [Event("in", event.who, answer, place) for place, answer in answers.items()]
+
+
+def hear(task: str, n: int, rng: random.Random) -> tuple[list[Event], list[Event]]:
+    """n facts about where people are, none of which contradicts the one before about the same
+    person; and what the last one about each of them tells."""
+    places = TOWN if task == "qa10" else PLACES
+    events: list[Event] = []
+    last: dict[str, Event] = {}
+    open_to: dict[str, list[str]] = {}  # where a person may be, as far as the reader can tell
+    for _ in range(n):
+        who = rng.choice(PEOPLE[task])
+        kind = rng.choice(("go", "at", "or" if task == "qa10" else "not"))
+        here = rng.choice(open_to.get(who, places))
+        others = [place for place in places if place != here]
+        away = rng.sample(others, 2)
+        event = Event(kind, who, to=here if kind in ("at", "not") else away[0])
+        if kind == "or":
+            event = event._replace(what=away[1])
+        open_to[who] = {"or": away, "not": others}.get(kind, [event.to])
+        last[who] = event
+        events.append(event)
+    return events, [truth for event in last.values() for truth in whereabouts(event, places)]
 
 
 # ---- qa4: places around a place ------------------------------------------------------------------
@@ -236,7 +305,7 @@ def lie_around(rng: random.Random) -> tuple[list[Event], list[Event]]:
 class Story(NamedTuple):
     facts: list[str]
     question: str
-    target: str  # the answer, one word
+    target: str  # the answer, a word; in qa8 perhaps several, as in "apple,milk"
 
 
 def clear_questions(task: str, truths: list[Event]) -> list[tuple[str, str]]:
@@ -262,9 +331,15 @@ def make_story(task: str, rng: random.Random, most: int = 60) -> Story:
     clear = []
     while not clear:
         n = rng.randint(low, high)
-        events, truths = lie_around(rng) if task == "qa4" else live(task, n, rng)
+        if task == "qa4":
+            events, truths = lie_around(rng)
+        else:
+            events, truths = (hear if task in ("qa9", "qa10") else live)(task, n, rng)
         clear = clear_questions(task, truths)
     facts = [rng.choice(SENTENCES[event.kind]).format(**event._asdict()) for event in events]
+    if task in (*WHETHER, "qa7", "qa8"):  # "no" and "none" would be the answer most of the time
+        wanted = rng.choice(sorted({answer for _, answer in clear}))
+        clear = [one for one in clear if one[1] == wanted]
     question, target = rng.choice(clear)
     return Story(facts, question, target)
 
@@ -335,7 +410,7 @@ def original_prompt(task: str, context: str, question: str, shots: int = 3) -> s
     examples = [form.format(**example) for example in WORDS[task]["examples"][:shots]]
     prompt = BABILONG_TEMPLATE.format(
         instruction=words["instruction"],
-        examples=words["between_examples"].join(examples),
+        examples=words["between_examples"].join(examples) + words.get("after_examples", ""),
         post_prompt=words["post_prompt"],
         context=context.strip(),
         question=question,

@@ -1,5 +1,5 @@
 """
-drafts.py: what the generators of benchmark prompts (ruler.py and babilong.py) take and give back.
+drafts.py: what the generators of prompts (ruler.py, documents.py, babilong.py) take and give.
 
 A generator takes a random number generator, the number of the question, its length in tokens and a
 `Style`, and returns a `Draft`: a prompt whose haystack may still have any size.
@@ -26,6 +26,7 @@ class Style(NamedTuple):
     protocol: str = "original"
     haystack: str | None = None  # a text of the user's to hide facts in
     babi: Path | None = None  # a folder with bAbI's published files, which replace our stories
+    qa: Path | None = None  # a folder with the files of RULER's question answering
 
 
 class Draft(NamedTuple):

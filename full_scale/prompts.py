@@ -1,8 +1,8 @@
 """
 prompts.py: questions of RULER and BABILong, each grown to a length that is given in tokens.
 
-The generators (ruler.py, babilong.py) make drafts, whose haystack may have any size. This file
-measures out the largest haystack with which prompt and answer fit into the length.
+The generators (ruler.py, documents.py, babilong.py) make drafts, whose haystack may have any size.
+This file measures out the largest haystack with which prompt and answer fit into the length.
 """
 
 import random
@@ -10,12 +10,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from full_scale.babilong import BABILONG
+from full_scale.documents import DOCUMENTS
 from full_scale.drafts import Draft, Style
 from full_scale.ruler import RULER
 from model import UserError
 
 # name of a task -> (random numbers, number of the question, length, style) -> draft
-BENCHMARKS: dict[str, Callable[[random.Random, int, int, Style], Draft]] = RULER | BABILONG
+BENCHMARKS: dict[str, Callable[[random.Random, int, int, Style], Draft]] = (
+    RULER | DOCUMENTS | BABILONG
+)
 
 
 class Question(NamedTuple):

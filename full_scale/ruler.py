@@ -8,8 +8,8 @@ ruler.py: prompts of RULER (Hsieh et al. 2024, arXiv 2404.06654), eleven of its 
   ruler_fwe  a text of coded words                           the three most frequent ones
 
 The words of the prompts are in ruler.json: those of NVIDIA's repository. Where `style.protocol` is
-"harness", lm-evaluation-harness 0.4.9.2 is followed, its slips included. Question answering (qa_1,
-qa_2) is not built, for it needs two data sets. drafts.py explains Draft, Style, size and prefix.
+"harness", lm-evaluation-harness 0.4.9.2 is followed, its slips included. Its two tasks of question
+answering are in documents.py. drafts.py explains Draft, Style, size and prefix.
 
 Glossary
   name here  | meaning

@@ -3,6 +3,7 @@ scoring.py: how answers are scored: the published rules of RULER and BABILong, a
 
   metric   | whose rule                           | the score of an answer
   ruler    | RULER's, and lm-evaluation-harness's | the share of references it contains
+  any      | theirs, for question answering       | 1 if it contains any of the references
   babilong | BABILong's own                       | 1 if its first statement names just the target
   harness  | the harness's (and paper's) BABILong | 1 if the target is anywhere in it
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval_niah import string_match_all
-from full_scale.babilong import OBJECTS, PEOPLE, PLACES
+from full_scale.babilong import NUMBERS, OBJECTS, PEOPLE, PLACES
 from full_scale.prompts import Question
 from memdlm import corrupt
 from model import Transformer
@@ -25,7 +26,9 @@ from sample import guided_logits
 
 # task -> all of its possible answers
 BABILONG_LABELS = {task: PLACES for task in ("qa1", "qa2", "qa3", "qa4")}
-BABILONG_LABELS["qa5"] = sorted(PEOPLE["qa5"]) + OBJECTS
+BABILONG_LABELS |= {"qa5": sorted(PEOPLE["qa5"]) + OBJECTS, "qa6": ["no", "yes"]}
+BABILONG_LABELS |= {"qa7": NUMBERS, "qa8": [*OBJECTS, "nothing"], "qa9": ["no", "yes"]}
+BABILONG_LABELS["qa10"] = ["maybe", "no", "yes"]
 
 
 def clean(prediction: str) -> str:
@@ -46,12 +49,17 @@ def first_statement(output: str) -> str:
 
 
 def babilong_correct(task: str, question: str, target: str, output: str) -> bool:
-    """BABILong's own rule for a task "qa1" to "qa5": the first statement names just the target.
+    """BABILong's own rule: the first statement names just the target, any letters of which count.
 
-    Labels that the question names are set aside. A target may be a list: "apple,milk".
+    Labels that the question names are set aside. A target may be a list: "apple,milk". The rule
+    finds "one" in "none", too, and so no right "none" in qa7; ours looks for longer labels first.
     """
     labels = [label.lower() for label in BABILONG_LABELS[task]]
-    named = {label for label in labels if label in first_statement(output)}
+    statement, named = first_statement(output), set()
+    for label in sorted(labels, key=len, reverse=True):
+        if label in statement:
+            named.add(label)
+            statement = statement.replace(label, "|")
     asked = {label for label in labels if label in question.lower()}
     targets = [target.lower()]
     if "," in target and len(target) > 3:
@@ -73,6 +81,10 @@ def ruler_metric(question: Question, prediction: str) -> float:
     return string_match_all(question.references, clean(prediction))
 
 
+def any_metric(question: Question, prediction: str) -> float:
+    return string_match_part(question.references, prediction)
+
+
 def babilong_metric(question: Question, prediction: str) -> float:
     task = question.task.removeprefix("babilong_")
     return float(babilong_correct(task, question.asked, question.references[0], prediction))
@@ -85,6 +97,7 @@ def harness_metric(question: Question, prediction: str) -> float:
 # name in results.json -> (question, prediction) -> score from 0 to 1
 METRICS: dict[str, Callable[[Question, str], float]] = {
     "ruler": ruler_metric,
+    "any": any_metric,
     "babilong": babilong_metric,
     "harness": harness_metric,
 }
@@ -93,7 +106,9 @@ METRICS: dict[str, Callable[[Question, str], float]] = {
 def metrics_of(task: str, protocol: str = "original") -> list[str]:
     """The names of a task's metrics. The first is the score, by the rule of the protocol."""
     if not task.startswith("babilong"):
-        return ["ruler"]  # NVIDIA's rule and the harness's are the same
+        return (
+            ["any"] if task.startswith("ruler_qa") else ["ruler"]
+        )  # NVIDIA's rule and the harness's are the same
     return ["babilong", "harness"] if protocol == "original" else ["harness", "babilong"]
 
 

@@ -41,6 +41,27 @@ def checkpoints() -> dict[str, Path]:
     return found
 
 
+@functools.cache
+def questions() -> Path:
+    """A folder with questions about documents, in the forms of SQuAD 2.0 and of HotpotQA. Nobody
+    writes into it."""
+    folder, articles, records = Path(FOLDER.name) / "qa", [], []
+    folder.mkdir()
+    for i in range(40):
+        paragraphs = []
+        for j in range(4):
+            asked = {"question": f"Who lives in house {i}.{j}?", "is_impossible": j == 3}
+            asked["answers"] = [{"text": f"Ann{i}{j}"}, {"text": f"Miss Ann{i}{j}"}]
+            context = f"House {i}.{j} is small. Ann{i}{j} lives in it."
+            paragraphs.append({"context": context, "qas": [asked]})
+        articles.append({"paragraphs": paragraphs})
+        texts = [[f"Town {i}.{j}", ["It is old. ", f"King Bob{i}{j} built it."]] for j in range(3)]
+        records.append({"question": f"Who built {i}.1?", "answer": f"Bob{i}1", "context": texts})
+    (folder / "squad.json").write_text(json.dumps({"data": articles}))
+    (folder / "hotpotqa.json").write_text(json.dumps(records))
+    return folder
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Name of every file in a folder and below -> what is in it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 
 from full_scale import ruler
+from full_scale.documents import DOCUMENTS, documents_text
 from full_scale.drafts import shuffled
 
 NEEDLE = r"One of the special magic (\w+) for (.+?) is: (\S+)\."
@@ -23,9 +24,9 @@ SHAPES = {
 
 def ruler_task(key: str) -> str:
     """cwe, ruler_cwe and cwe_4096 -> ruler_cwe; niah_multivalue_noise -> niah_multivalue."""
-    names = {name.removeprefix("ruler_"): name for name in ruler.RULER}
+    names = {name.removeprefix("ruler_"): name for name in (*ruler.RULER, *DOCUMENTS)}
     match = re.fullmatch(rf"(?:ruler_)?({'|'.join(names)})(?:_noise|_essay|_\d{{3,}})?", key)
-    assert match, f"{key} is none of {', '.join(ruler.RULER)}"
+    assert match, f"{key} is none of {', '.join(names)}"
     return names[match[1]]
 
 
@@ -159,6 +160,16 @@ def remake_coded(task: str, text: str, outputs: list, protocol: str, length: int
     return form.format(context=next(again for again in made if again == context)), prefix
 
 
+def remake_documents(task: str, text: str, outputs: list, protocol: str, length: int) -> tuple:
+    """The documents, numbered, in an order that the recorded seed undoes; and the question."""
+    head, question = text.rsplit("\n\nQuestion: ", 1)
+    context = head.split("given documents.\n\n", 1)[1].rsplit("\n\nAnswer the question", 1)[0]
+    documents = re.split(r"(?:^|\n\n)Document \d+:\n", context)[1:]
+    assert any(answer in document for answer in outputs for document in documents)
+    return documents_text(question, documents), ruler.WORDS["ruler_qa"][1]
+
+
 # task -> function of (task, text, answers, protocol, length): the text again, and the prefix
 REMAKE = dict.fromkeys(ruler.NIAH, remake_needles)
+REMAKE |= dict.fromkeys(DOCUMENTS, remake_documents)
 REMAKE |= {"ruler_vt": remake_tracking, "ruler_cwe": remake_common, "ruler_fwe": remake_coded}

@@ -6,12 +6,15 @@ depends on its own arguments alone, and a length that is too short is refused wi
 import re
 
 import pytest
+from commands import questions
 
 from full_scale.drafts import Style
 from full_scale.prompts import BENCHMARKS, check_length, grow, make_draft, make_question
 from model import UserError
 
-ORIGINAL = Style(lambda text, prefix: list((text + prefix).encode()))  # every letter is a token
+ORIGINAL = Style(
+    lambda text, prefix: list((text + prefix).encode()), qa=questions()
+)  # every letter is a token
 HARNESS = ORIGINAL._replace(protocol="harness")
 LENGTH = 4000
 EVERY = pytest.mark.parametrize("task", BENCHMARKS)

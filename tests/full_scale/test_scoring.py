@@ -5,20 +5,24 @@ give the published scores, test_golden.py shows.
 
 import pytest
 import torch
+from commands import questions
 
 from full_scale.drafts import Style
 from full_scale.prompts import BENCHMARKS, Question, make_question
 from full_scale.scoring import METRICS, log_likelihood, metrics_of
 
-STYLE = Style(lambda text, prefix: list((text + prefix).encode()))
+STYLE = Style(lambda text, prefix: list((text + prefix).encode()), qa=questions())
 
 
 @pytest.mark.parametrize("task", BENCHMARKS)
 def test_only_the_right_answer_scores(task):
-    """The references score 1, silence 0, and the question 0: it does not give the answer away."""
+    """The references score 1 (any of them where any will do), silence 0, and the question 0: it
+    does not give the answer away."""
     for index in range(5):
         question = make_question(task, index, 4090, 0, STYLE)
         answer = ", ".join(question.references)
+        if "ruler_qa" in task:
+            answer = question.references[-1]
         for said, score in ((answer, 1), (f"It is {answer}.", 1), ("", 0), (question.asked, 0)):
             assert {METRICS[name](question, said) for name in metrics_of(task)} == {score}
 
@@ -40,6 +44,27 @@ def test_babilong_wants_one_label_in_the_first_statement(said, babilong, harness
     question = Question("babilong_qa3", [], 20, ("kitchen",), asked=asked)
     assert METRICS["babilong"](question, said) == babilong
     assert METRICS["harness"](question, said) == harness
+
+
+@pytest.mark.parametrize(
+    ("task", "target", "said", "score"),
+    [
+        ("qa7", "none", "None.", 1),
+        ("qa7", "one", "None.", 0),
+        ("qa7", "none", "one or none", 0),
+        ("qa8", "apple,milk", "Milk and apple", 1),
+        ("qa8", "apple,milk", "apple", 0),
+        ("qa8", "apple", "apple, milk", 0),
+        ("qa8", "nothing", "nothing", 1),
+        ("qa10", "maybe", "Maybe yes.", 0),
+        ("qa9", "no", "I do not know.", 1),
+    ],
+)
+def test_babilong_counts_lists_and_hesitates(task, target, said, score):
+    """Lists are sets. "none" is no "one", where the published rule finds both; but as in it, any
+    letters count: "not" has a "no"."""
+    question = Question(f"babilong_{task}", [], 20, (target,), asked="What is Mary carrying?")
+    assert METRICS["babilong"](question, said) == score
 
 
 def test_the_protocols_rule_comes_first():
