@@ -213,18 +213,24 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary, bias: Tensor | None, fast=None, name: str = "") -> Tensor:
         """x (B, T, D) -> (B, T, D). name: this attention's key in `fast`, before the dot."""
-        batch, length, _ = x.shape
+        return self.attend(*self.project(x, rotary, fast, name), bias, fast, name)
+
+    def project(self, x: Tensor, rotary, fast=None, name: str = "") -> tuple[Tensor, ...]:
+        """x (B, T, D) -> queries (B, H, T, E), keys and values (B, kv_heads, T, E)."""
         if hasattr(self, "qkv"):
             q, k, v = self.qkv(x, fast, f"{name}.qkv").split(self.sizes, dim=-1)
         else:
             lora_x = self.q.drop(x)
             q, k, v = (getattr(self, part)(x, fast, f"{name}.{part}", lora_x) for part in "qkv")
-        split = (batch, length, -1, self.head_dim)
-        q = rotate(self.q_norm(q.view(split)).transpose(1, 2), rotary)  # (B, H, T, E)
-        k = rotate(self.k_norm(k.view(split)).transpose(1, 2), rotary)  # (B, kv_heads, T, E)
-        v = v.view(split).transpose(1, 2)
+        split = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_norm(q.view(split)).transpose(1, 2), rotary)
+        k = rotate(self.k_norm(k.view(split)).transpose(1, 2), rotary)
+        return q, k, v.view(split).transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias, fast=None, name: str = "") -> Tensor:
+        """What each query reads: (B, T, D). There may be more keys than queries (full_scale)."""
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=self.grouped)
-        return self.o(y.transpose(1, 2).reshape(batch, length, -1), fast, f"{name}.o")
+        return self.o(y.transpose(1, 2).flatten(2), fast, f"{name}.o")
 
 
 class SwiGLU(nn.Module):

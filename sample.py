@@ -128,14 +128,17 @@ def generate(
     generator: torch.Generator | None = None,
     watch: Callable[[Tensor], None] | None = None,
     suppress: Sequence[int] = (),
+    predict: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Sec. 2.1: prompts (B, P) -> answers (B, R), where R is the end of the last block.
 
     temperature: 0 takes the most probable token. threshold: commit all that are more probable than
     this at once; the answer may then take fewer passes. attention_mask: (B, P + R), or
     (1, 1, P + R, P + R). suppress: ids that are never chosen, as [MASK] is not.
-    watch: is called with the canvas after each forward pass.
+    watch: is called with the canvas after each forward pass. predict: makes the logits in place of
+    `guided_logits`, whose arguments it takes.
     """
+    predict = predict or guided_logits
     mask_id, width = model.config.mask_id, prompts.shape[1]
     suppress = [mask_id, *suppress]
     canvas = torch.nn.functional.pad(prompts, (0, blocks[-1].stop), value=mask_id)
@@ -147,7 +150,7 @@ def generate(
             opened = (canvas == mask_id) & inside
             if not opened.any():
                 break
-            logits = guided_logits(model, canvas, given, fast, cfg_scale, attention_mask, opened)
+            logits = predict(model, canvas, given, fast, cfg_scale, attention_mask, opened)
             tokens, probability = choose_tokens(logits, temperature, generator, suppress)
             canvas = commit(canvas, opened, tokens, probability, quota, threshold)
             if watch is not None:

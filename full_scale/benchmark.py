@@ -26,12 +26,13 @@ from eval_niah import as_floats, bias_records, exposure_walk, mean_curve, mean_o
 from full_scale import backbone, report
 from full_scale.babilong import find_babi
 from full_scale.checkpoints import find_checkpoint, tensor_files
+from full_scale.documents import DOCUMENTS, find_qa
 from full_scale.drafts import Style
 from full_scale.pairs import find_data, read_data, read_text
 from full_scale.predictions import KEY, Cell, Predictions, Reader, ask_all, place
 from full_scale.prompts import BENCHMARKS, check_length, make_draft, make_question
 from full_scale.ruler import NIAH
-from full_scale.samplers import sampler_for, schedule_flag
+from full_scale.samplers import sampler_flags, sampler_for
 from full_scale.scoring import METRICS, metrics_of
 from memdlm import finite, generator_for, machine, memory_of, peak_memory
 from model import Transformer, UserError, write_json, write_text
@@ -46,7 +47,7 @@ def question_cell(args, task: str, length: int, style: Style, architecture: str,
     tokens = make_draft(task, 0, length, args.seed, style).tokens  # the same for all questions
     if args.steps is not None:  # tasks differ: a short answer takes one pass a token at most
         args = argparse.Namespace(**{**vars(args), "steps": min(args.steps, tokens)})
-    sampler = sampler_for(args, architecture, tokens)
+    sampler = sampler_for(args, architecture, tokens, tokenizer.eos)
     metrics = metrics_of(task, args.protocol)
 
     def ask(model: Transformer, reader: Reader, index: int) -> dict:
@@ -191,7 +192,8 @@ def style_of(args: argparse.Namespace, tokenizer) -> Style:
         return tokenizer.encode(text + prefix)
 
     haystack = read_text(args.haystack, "--haystack") if args.haystack else None
-    return Style(encode, args.protocol, haystack, Path(args.babi) if args.babi else None)
+    folders = [Path(folder) if folder else None for folder in (args.babi, args.qa)]
+    return Style(encode, args.protocol, haystack, *folders)
 
 
 def find_cells(args: argparse.Namespace, tokenizer, style: Style) -> list[Cell]:
@@ -265,11 +267,14 @@ def task_settings(args: argparse.Namespace, task: str) -> dict:
         pairs = digest(find_data(args.data))
         return {"data": pairs, "max_length": args.max_length, "bias_steps": args.bias_steps}
     names = ("protocol", "steps", "block_length", "schedule", "threshold")
+    names += ("edit_threshold", "cache")
     found = {name: getattr(args, name) for name in names}
     if args.haystack and task in WITH_ESSAY:
         found["haystack"] = digest(Path(args.haystack))
     if args.babi and task in WITH_STORIES:
         found["babi"] = digest(find_babi(Path(args.babi), task.removeprefix("babilong_")))
+    if task in DOCUMENTS:
+        found["qa"] = digest(find_qa(Path(args.qa), task))
     return found
 
 
@@ -307,6 +312,7 @@ def build_parser() -> Parser:
     flag("--chat", action="store_true", help="questions go through the chat template [off]")
     flag("--haystack", metavar="FILE", help="a text to hide needles and facts in")
     flag("--babi", metavar="DIR", help="bAbI's published files, in place of our stories")
+    flag("--qa", metavar="DIR", help="squad.json and hotpotqa.json, for ruler_qa_1 and ruler_qa_2")
     flag("--show", action="store_true", help="print the first prompt of each task and length")
     bias = "also measure R_EB (Fig. 3), on --data; tasks are asked only where --tasks names some"
     flag("--exposure-bias", action="store_true", help=bias)
@@ -314,7 +320,7 @@ def build_parser() -> Parser:
     flag("--max-length", type=whole(2), default=4096, help="longest pair taken, in tokens [4096]")
     flag("--bias-steps", type=whole(2), default=48, help="denoising steps of R_EB [48, Fig. 3]")
     decoding_flags(flag)
-    schedule_flag(flag)
+    sampler_flags(flag)
     flag("--write", choices=WRITE_RULES, default="paper", help="rule of writing [paper, Sec. 4.5]")
     flag("--write-lr", type=real(0), help="its step size; without it, that of training [0.1]")
     flag("--write-rank", type=whole(1), help="its rank; without it, that of training [32]")
@@ -343,6 +349,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.refuse(args, ["haystack"], "is read by none of these tasks")
     if not set(args.tasks) & set(WITH_STORIES):
         parser.refuse(args, ["babi"], "is read by the BABILong tasks alone")
+    if not set(args.tasks) & set(DOCUMENTS):
+        parser.refuse(args, ["qa"], "is read by ruler_qa_1 and ruler_qa_2 alone")
     for name in ("tasks", "lengths", "anchor_ratio"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name) or [])))
     return args

@@ -4,7 +4,8 @@ LLaDA's own, which is `plan_blocks` and `generate` of sample.py.
 
 dLLM's MDLMSampler, with which the paper's scores were made, shares the tokens between the steps
 in another way. LLaDA2 decodes on a grid of blocks and under block-causal attention: a block sees
-itself and what stands before it, so that nothing behind it has to be computed.
+itself and what stands before it, so that nothing behind it has to be computed. LLaDA2.1 may also
+replace tokens of its block that it has committed before (`--edit-threshold`).
 
 Reading list: LLaDA, arXiv 2502.09992, Sec. 2.4; github.com/ZHZisZZ/dllm; LLaDA2.0, 2512.15745.
 """
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Parser, pick_device, whole
+from data import Parser, pick_device, real, whole
 from full_scale.backbone import (
     add_adapter,
     architecture_of,
@@ -28,6 +29,7 @@ from full_scale.backbone import (
     load_backbone,
     trained_with,
 )
+from full_scale.cache import VARIANTS, cached
 from memdlm import memory_of
 from model import UserError
 from sample import (
@@ -35,9 +37,12 @@ from sample import (
     Write,
     answer_flags,
     answer_prompt,
+    choose_tokens,
+    commit,
     commit_schedule,
     decoding_flags,
     generate,
+    guided_logits,
     plan_blocks,
 )
 
@@ -111,26 +116,104 @@ def generate_llada2(
     return canvas[:, width : width + length]
 
 
+def fill_and_edit(canvas, block, given, logits, mask: int, quota, threshold, edit_threshold):
+    """The canvas (1, T) after a pass of LLaDA2.1. block, given (1, T) bool: the block's places, and
+    the prompt's; logits (M, V) of the block's. [MASK] may be the most probable token, too."""
+    tokens, probability = choose_tokens(logits, 0.0, None, ())
+    proposal = canvas.masked_scatter(block, tokens)
+    sure = torch.zeros(canvas.shape, device=canvas.device).masked_scatter(block, probability)
+    opened = block & (canvas == mask)
+    edited = block & ~opened & ~given & (sure > edit_threshold)
+    filled = commit(canvas, opened, proposal[opened], sure[opened], quota, threshold)
+    return torch.where(edited, proposal, filled)
+
+
+@torch.no_grad()
+def generate_editing(
+    model,
+    prompts: Tensor,
+    length: int,
+    edit_threshold: float = 0.9,
+    block_length: int = 32,
+    threshold: float | None = None,
+    quota: int = 1,
+    post_steps: int = 16,
+    eos: int | None = None,
+    fast=None,
+    watch: Callable[[Tensor], None] | None = None,
+    predict: Callable[..., Tensor] = guided_logits,
+    **greedy,
+) -> Tensor:
+    """LLaDA2.1: prompt (1, P) -> answer (1, length), on the grid of `generate_llada2`. A pass fills
+    masked places of the block, the `quota` most probable and all above the threshold [0.95], and
+    replaces tokens that it committed before, where another is more probable than edit_threshold.
+
+    post_steps: passes at most over a block that is full. eos: an answer that holds it ends with
+    its block. greedy: options of `generate` that must be off.
+    """
+    if greedy.get("temperature") or greedy.get("cfg_scale") or len(prompts) > 1:
+        raise UserError("--edit-threshold is greedy and reads one prompt: no --temperature or cfg.")
+    mask, width, canvas = model.config.mask_id, prompts.shape[1], prompts
+    thresholds = (0.95 if threshold is None else threshold, edit_threshold)
+    for start in range(width // block_length * block_length, width + length, block_length):
+        stop, full_passes = start + block_length, 0
+        canvas = torch.nn.functional.pad(canvas, (0, stop - canvas.shape[1]), value=mask)
+        place = torch.arange(stop, device=canvas.device)[None]
+        block, given = place >= start, place < width
+        sees = block_causal_mask(stop, block_length, canvas.device)
+        for _ in range(block_length + post_steps):  # never more, but where [MASK] is predicted
+            before, full = canvas, not (canvas[block] == mask).any()
+            full_passes += full
+            if full_passes > post_steps:
+                break
+            logits = predict(model, canvas, given, fast, 0.0, sees, block)
+            canvas = fill_and_edit(canvas, block, given, logits, mask, quota, *thresholds)
+            if watch is not None:
+                watch(canvas)
+            if full and torch.equal(before, canvas):
+                break
+        answer = canvas[:, width:]
+        if eos is not None and (answer == eos).any() and not (answer == mask).any():
+            break
+    rest = max(0, length - answer.shape[1])
+    return torch.nn.functional.pad(answer, (0, rest), value=mask if eos is None else eos)[
+        :, :length
+    ]
+
+
 # ---- command line ----------------------------------------------------------------------------
 
 
-def schedule_flag(flag: Callable) -> None:
-    """How the steps share the tokens where they do not divide them."""
+def sampler_flags(flag: Callable) -> None:
+    """What a real backbone's decoding has besides `sample.decoding_flags`."""
     flag("--schedule", choices=SCHEDULES, help="whose rounding of steps; without it, llada's")
+    edit = "LLaDA2.1: replace a committed token by one more probable than this [0.9]"
+    flag("--edit-threshold", type=real(0, 1), help=edit)
+    text = "reuse keys and values within a block: fast, approximate but for LLaDA2 [off]"
+    flag("--cache", nargs="?", const=VARIANTS[0], choices=VARIANTS, help=text)
 
 
-def sampler_for(args: Namespace, architecture: str, length: int) -> Callable[..., Tensor]:
-    """answer(model, prompts (B, P), **options of `generate`) -> (B, length), as the flags
-    --steps, --block-length and --schedule say. Faults in them show at once."""
-    if architecture == "llada2":
-        if args.schedule:
-            raise UserError("--schedule is not for LLaDA2, which has a block sampler of its own.")
-        steps, size = args.steps, args.block_length or 32
-        if (steps or 1) > size:
-            raise UserError(f"--steps counts the passes of a block of {size} here: lower it.")
-        return partial(generate_llada2, length=length, steps=steps, block_length=size)
-    plan = SCHEDULES[args.schedule or "llada"]
-    return partial(generate, blocks=plan(length, args.steps, args.block_length))
+def sampler_for(args: Namespace, architecture: str, length: int, eos: int) -> Callable[..., Tensor]:
+    """answer(model, prompts (B, P), **options of `generate`) -> (B, length), as the flags of
+    `decoding_flags` and `sampler_flags` say. Faults in them show at once."""
+    size = args.block_length or 32
+    if architecture != "llada2":
+        if args.edit_threshold is not None:
+            raise UserError("--edit-threshold is for LLaDA2.1 alone.")
+        plan = SCHEDULES[args.schedule or "llada"]
+        sampler = partial(generate, blocks=plan(length, args.steps, args.block_length))
+        return cached(sampler, args.cache) if args.cache else sampler
+    if args.schedule:
+        raise UserError("--schedule is not for LLaDA2, which has a block sampler of its own.")
+    if (args.steps or 1) > size:
+        raise UserError(f"--steps counts the passes of a block of {size} here: lower it.")
+    sampler = partial(generate_llada2, length=length, block_length=size, steps=args.steps)
+    if args.edit_threshold is not None:
+        if args.steps:
+            raise UserError("--steps is not for --edit-threshold, which fills a token a pass.")
+        known = {"length": length, "block_length": size, "eos": eos}
+        sampler = partial(generate_editing, edit_threshold=args.edit_threshold, **known)
+    return cached(sampler, args.cache, grid=size) if args.cache else sampler
 
 
 def run(arguments: list[str]) -> None:
@@ -143,10 +226,10 @@ def run(arguments: list[str]) -> None:
     flag("--seed", type=whole(0), default=0, help="of all random draws")
     answer_flags(flag)
     decoding_flags(flag)
-    schedule_flag(flag)
+    sampler_flags(flag)
     args = parser.parse_args(arguments)
     device, tokenizer = pick_device(args.device), backbone_tokenizer(args, args.plain)
-    answer = sampler_for(args, architecture_of(args), args.length)
+    answer = sampler_for(args, architecture_of(args), args.length, tokenizer.eos)
     write = Write(memory=memory_of(trained_with(args.adapter)))
     with redirect_stdout(sys.stderr) if args.quiet else nullcontext():
         model = add_adapter(load_backbone(args, tokenizer, device), args.adapter)

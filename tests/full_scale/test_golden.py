@@ -24,6 +24,7 @@ from unittest import mock
 import pytest
 import replaying
 import torch
+from commands import questions
 from remaking import REMAKE, remake_common_example, ruler_task
 from replaying import MASK, PAD, Record, close, load, model_named, part, read
 from safetensors import safe_open
@@ -33,10 +34,11 @@ from torch import Tensor
 
 import sample
 from data import TINY
-from full_scale import babilong, ruler, samplers, scoring
+from full_scale import babilong, documents, ruler, samplers, scoring
 from full_scale.checkpoints import on_meta, published_tensors
 from full_scale.configs import BACKBONES, read_llada_config
 from full_scale.drafts import Draft, Style
+from full_scale.prompts import BENCHMARKS
 from memdlm import corrupt
 
 # ---- checkpoints and forward passes --------------------------------------------------------------
@@ -191,6 +193,55 @@ def replay_block_trace(trace: Record, name: str, path: Path) -> None:
     trace.finish(name)
 
 
+def replay_editing(trace: Record, name: str, path: Path) -> None:
+    """LLaDA2.1's sampler, which also replaces what it has committed: every change of every call.
+    Of `generate` the record has the input of each call: what the last one did, it cannot show."""
+    _, _, method = trace["sampler"].partition(" (")[0].rpartition(" ")
+    assert method in ("LLaDA21Sampler.sample", "LLaDA2MoeModelLM.generate")
+    model, prompt = load(path.parent / "checkpoint"), torch.tensor([trace["prompt"]])
+    known, size = {"eos": trace.get("eos_id")}, "block_length" if "steps" in trace else "block_size"
+    thresholds = trace["editing_threshold"], trace[size], trace["threshold"]
+    length = trace["gen_length" if "steps" in trace else "max_new_tokens"]
+    plan = (length, *thresholds, trace["num_to_transfer"], trace["max_post_steps"])
+    calls, probabilities = [prompt], []
+    fill_and_edit = samplers.fill_and_edit
+
+    def note(canvas: Tensor, block: Tensor, given: Tensor, logits: Tensor, *rest) -> Tensor:
+        probabilities.append(
+            torch.zeros(canvas.shape).masked_scatter(block, logits.softmax(-1).amax(-1))
+        )
+        return fill_and_edit(canvas, block, given, logits, *rest)
+
+    with mock.patch.object(samplers, "fill_and_edit", note):
+        answer = samplers.generate_editing(model, prompt, *plan, **known, watch=calls.append)
+    changes, edits = [], 0
+    for before, after, probability in zip(calls, calls[1:], probabilities):
+        before = torch.nn.functional.pad(before, (0, after.shape[1] - before.shape[1]), value=MASK)
+        places = (before != after)[0].nonzero()[:, 0].tolist()
+        edits += int((before[0, places] != MASK).sum())
+        changes.append(
+            [(i, int(before[0, i]), int(after[0, i]), probability[0, i]) for i in places]
+        )
+    recorded = trace["changes_per_model_call"]
+    if "steps" in trace:
+        output, last = answer[0].tolist(), changes[len(recorded) :]
+        output = output[: output.index(PAD) + 1] if PAD in output else output
+        assert last in ([], [[]])
+    else:
+        output = calls[-1][0].tolist()
+        assert len(changes) == len(recorded)
+    assert output == trace["output_ids"]
+    for k, (ours, theirs) in enumerate(zip(changes, recorded)):
+        assert [one[:3] for one in ours] == [tuple(one[:3]) for one in sorted(theirs)], f"call {k}"
+        for one, other in zip(ours, sorted(theirs)):
+            close(one[3], other[3], "confidence", f"confidences of call {k}")
+    assert trace["n_model_calls"] == len(recorded)
+    assert trace["n_edits_of_committed_tokens"] == edits
+    trace["decision_margins"].about(*trace["decision_margins"])
+    trace.about("prompt_seed", "steps")
+    trace.finish(name)
+
+
 def replay_likelihood(entry: Record, name: str, path: Path) -> None:
     """The Monte-Carlo estimate on the recorded perturbations."""
     x0 = torch.tensor(entry["prompt"] + entry["answer"])
@@ -268,7 +319,7 @@ def replay_babilong_score(example: Record, name: str, path: Path) -> None:
 def ruler_draft(task: str, length: int, protocol: str) -> Draft:
     """One of our own questions, for what all questions of a task have in common."""
     style = Style(lambda text, prefix: TINY.encode(text + prefix), protocol)
-    return ruler.RULER[task](random.Random(0), 0, length, style)
+    return BENCHMARKS[task](random.Random(0), 0, length, style._replace(qa=questions()))
 
 
 def replay_ruler_samples(samples: list[Record], key: str, path: Path) -> None:
@@ -330,14 +381,14 @@ RULER_PROMPTS = dict.fromkeys(ruler.NIAH, ruler.NIAH_PROMPT)
 RULER_PROMPTS["ruler_vt"] = ruler.VT_PROMPT
 RULER_PROMPTS["ruler_cwe"] = ruler.CWE_PROMPT
 RULER_PROMPTS["ruler_fwe"] = ruler.FWE_PROMPT
-UNBUILT = ("qa_1", "qa_2")
+RULER_PROMPTS |= dict.fromkeys(documents.DOCUMENTS, ruler.WORDS["ruler_qa"])
 
 
 def replay_ruler_description(path: Path) -> None:
-    """Wording, tokens and settings of all tasks but question answering, which is not built."""
+    """Wording, tokens, metrics and settings of all tasks."""
     file = read(path)
-    tasks = {ruler_task(key): task for key, task in file["tasks"].items() if key not in UNBUILT}
-    assert tasks.keys() == ruler.RULER.keys()
+    tasks = {ruler_task(key): task for key, task in file["tasks"].items()}
+    assert tasks.keys() == RULER_PROMPTS.keys()
     ours = {"kind": "uuids", "query": "K", "value": "K", "count": 5, "assigned": "assigned"}
     theirs = {"type_needle_v": "uuids", "query": "K", "num_v": 5}
     for name, task in tasks.items():
@@ -346,11 +397,16 @@ def replay_ruler_description(path: Path) -> None:
         assert form.format(context="Hay.", **ours) == recorded
         assert prefix.format(**ours) == task["answer_prefix"].format(**theirs)
         assert ruler_draft(name, 4096, "original").tokens == task["tokens_to_generate"]
-        assert task["metric"] == "string_match_all"
+        assert task["metric"] == ("string_match_part" if "_qa_" in name else "string_match_all")
+        assert scoring.metrics_of(name) == (["any"] if "_qa_" in name else ["ruler"])
+        if "_qa_" in name:
+            file_name, _ = documents.SOURCES[name]
+            assert file_name == f"{task['args']['dataset']}.json"
     needle = ruler.NEEDLE.format(kind="{type_needle_v}", key="{key}", value="{value}")
     assert needle == file["niah"]["needle"]
     assert file["niah"]["haystack_noise"] == ruler.GRASS
-    compare_ruler_settings({name: task["args"] for name, task in tasks.items()}, file["cwe"])
+    args = {name: task["args"] for name, task in tasks.items() if "_qa_" not in name}
+    compare_ruler_settings(args, file["cwe"])
 
 
 def compare_ruler_settings(settings: dict[str, Record], cwe: Record) -> None:
@@ -463,6 +519,8 @@ FORMATS = [
     ("sampler/traces.json", replay_header, whole),
     ("llada21/sampler_traces.json", replay_block_trace, partial(each_entry, key="traces")),
     ("llada21/sampler_traces.json", replay_header, whole),
+    ("llada21/editing_traces.json", replay_editing, partial(each_entry, key="traces")),
+    ("llada21/editing_traces.json", replay_header, whole),
     ("ruler/scoring_examples.json", replay_ruler_score, partial(each_entry, key="single")),
     ("ruler/scoring_examples.json", replay_ruler_mean, partial(each_entry, key="dataset_level")),
     ("ruler/scoring_examples.json", replay_header, whole),
