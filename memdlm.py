@@ -587,7 +587,7 @@ def warn_of_overshoot(record: dict) -> None:
 def train(model, phase: Phase, folder: Path, save_every: int, chief: bool = True) -> dict:
     """Trains `model` in place, from where folder/<name>.safetensors stopped if that is there.
     Returns its meta: step, seconds, skipped (updates), log. chief: this process, one of several,
-    measures, shows its progress and writes."""
+    shows its progress and writes."""
     path = folder / f"{phase.name}.safetensors"
     meta = {"step": 0, "done": False, "skipped": 0, "seconds": 0.0, "log": []}
     meta |= {"identity": phase.identity, "config": asdict(model.config)}
@@ -598,7 +598,7 @@ def train(model, phase: Phase, folder: Path, save_every: int, chief: bool = True
     clock, start = time.monotonic() - meta["seconds"], meta["step"]
 
     def log(step: int) -> None:
-        for record in phase.log_at(step) if chief and phase.log_at else []:
+        for record in phase.log_at(step) if phase.log_at else []:
             meta["log"].append(record)
             warn_of_overshoot(record)
 

@@ -61,12 +61,13 @@ def backbone_tokenizer(args: argparse.Namespace, plain: bool = False) -> Tokeniz
     return load_tokenizer(find_checkpoint(args.backbone), plain)
 
 
-def load_backbone(args: argparse.Namespace, tokenizer: Tokenizer, device: str) -> Transformer:
-    """The backbone, frozen and in eval mode. It must agree with the tokenizer about [MASK]."""
+def load_backbone(args, tokenizer: Tokenizer, device: str, spread=None) -> Transformer:
+    """The backbone, frozen and in eval mode. It must agree with the tokenizer about [MASK].
+    spread: as in `load_llada`."""
     if args.load_4bit and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("--load-4bit needs bitsandbytes: pip install bitsandbytes.")
     load = random_llada if args.random_weights else load_llada
-    model = load(args.backbone, device, DTYPES[dtype_name(args, device)], args.load_4bit)
+    model = load(args.backbone, device, DTYPES[dtype_name(args, device)], args.load_4bit, spread)
     model.requires_grad_(False)
     rows, known = model.config.vocab_size, model.config.mask_id
     if tokenizer.vocab_size > rows:

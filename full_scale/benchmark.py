@@ -2,6 +2,7 @@
 benchmark.py: `eval_niah.py --backbone`: RULER, BABILong and the exposure bias of real checkpoints.
 
     python eval_niah.py --backbone llada-moe --adapter runs/moe/adapter --memory --out runs/table1
+    torchrun --nproc_per_node 8 eval_niah.py --backbone ...         a process for each GPU
 
 A row of the tables is the backbone; or with the adapter of a fine-tuning; or one of these with a
 memory, for which each prompt is written into the weights first. No memory can leak an answer: it is
@@ -30,6 +31,7 @@ from full_scale.documents import DOCUMENTS, find_qa
 from full_scale.drafts import Style
 from full_scale.pairs import find_data, read_data, read_text
 from full_scale.predictions import KEY, Cell, Predictions, Reader, ask_all, place
+from full_scale.processes import processes, together
 from full_scale.prompts import BENCHMARKS, check_length, make_draft, make_question
 from full_scale.ruler import NIAH
 from full_scale.samplers import sampler_flags, sampler_for
@@ -359,7 +361,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def run(arguments: list[str]) -> None:
     """Evaluates as the command line says. All faults that can show before the work do so."""
     args = parse(arguments)
-    out, device = Path(args.out), pick_device(args.device)
+    with together(pick_device(args.device)) as device:
+        evaluate(args, device)
+
+
+def evaluate(args: argparse.Namespace, device: str) -> None:
+    """What `run` does, in one process or in several."""
+    out, (rank, _) = Path(args.out), processes()
     begun = (out / "predictions.jsonl").exists()
     if not begun and ((out / "config.json").exists() or (out / "results.json").exists()):
         raise UserError(f"--out {out} is a run or a checkpoint: name another folder.")
@@ -369,7 +377,8 @@ def run(arguments: list[str]) -> None:
     adapters, style = find_adapters(args.adapter or []), style_of(args, tokenizer)
     readers, cells = find_readers(args, adapters), find_cells(args, tokenizer, style)
     where = machine(device, backbone.dtype_name(args, device) + (", NF4" if args.load_4bit else ""))
-    settings = settings_of(args, readers, adapters, where)
+    relevant = {name: where[name] for name in where if name != "threads" or device == "cpu"}
+    settings = settings_of(args, readers, adapters, relevant)
     predictions = Predictions(out / "predictions.jsonl")
     predictions.agree(settings)
     if args.show:
@@ -381,6 +390,9 @@ def run(arguments: list[str]) -> None:
         )
 
     ask_all(readers, cells, open_model, predictions)
+    if rank > 0:
+        return
+    predictions.join()
     pairs = list(product(readers, cells))
     answers = [one for pair in pairs for one in predictions.of(*pair)]
     had_room = [pair for pair in pairs if place(*pair) not in predictions.without_room]

@@ -19,7 +19,7 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -183,13 +183,16 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def load_llada(path_or_repo, device="cpu", dtype=torch.float32, load_4bit=False) -> Transformer:
+def load_llada(
+    path_or_repo, device="cpu", dtype=torch.float32, load_4bit=False, spread: Callable | None = None
+) -> Transformer:
     """A published checkpoint in eval mode: model(ids, attention_mask=None) -> logits (B, T, V).
 
     path_or_repo: a folder, a key of BACKBONES, or OWNER/NAME on the hub. load_4bit: every linear
-    layer but the head in NF4. Each file is mapped into memory and each tensor copied once, straight
-    to its place: at the peak there are the weights and one file. UserError unless every tensor is
-    used exactly once and every parameter set, each in its shape.
+    layer but the head in NF4. spread(layer): is called for each layer as soon as its weights are
+    there, and may leave a share of them in this process. Each file is mapped into memory and each
+    tensor copied once, straight to its place: at the peak there are the weights and one file.
+    UserError unless every tensor is used exactly once and every parameter set, each in its shape.
     """
     folder = find_checkpoint(path_or_repo)
     files = tensor_files(folder)
@@ -199,7 +202,7 @@ def load_llada(path_or_repo, device="cpu", dtype=torch.float32, load_4bit=False)
     places = published_tensors(model)
     check_tensors(model, places, files, folder)
     for name, tensor in read_in_place(model, places, files, dtype, device):
-        put(model, name, tensor, load_4bit)
+        put(model, name, tensor, load_4bit, spread)
     return model.eval()
 
 
@@ -270,8 +273,8 @@ def kept_dtype(model: Transformer, name: str, dtype: torch.dtype) -> torch.dtype
     return dtype
 
 
-def put(model: Transformer, name: str, tensor: Tensor, load_4bit: bool) -> None:
-    """One tensor into its place in the model."""
+def put(model: Transformer, name: str, tensor: Tensor, load_4bit: bool, spread=None) -> None:
+    """One tensor into its place in the model. Where a layer is complete with it, it is spread."""
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
     if leaf == "router_bias":
@@ -281,6 +284,10 @@ def put(model: Transformer, name: str, tensor: Tensor, load_4bit: bool) -> None:
         model.set_submodule(module_name, packed(tensor))
     else:
         module.weight = nn.Parameter(tensor)
+    if spread is not None and name.startswith("layers."):
+        layer = model.layers[int(name.split(".")[1])]
+        if not any(part.is_meta for part in layer.state_dict().values()):
+            spread(layer)
 
 
 # ---- random weights --------------------------------------------------------------------------
@@ -288,7 +295,9 @@ def put(model: Transformer, name: str, tensor: Tensor, load_4bit: bool) -> None:
 MOST_WEIGHTS = 10**12  # more than any machine holds
 
 
-def random_llada(name: str, device="cpu", dtype=torch.float32, load_4bit=False, seed=0):
+def random_llada(
+    name: str, device="cpu", dtype=torch.float32, load_4bit=False, spread=None, seed=0
+) -> Transformer:
     """A backbone at its real size with random weights, N(0, 0.02), made on the device: to try
     memory and speed without a download. name: a key of BACKBONES, or a folder with a config.json.
     """
@@ -305,5 +314,5 @@ def random_llada(name: str, device="cpu", dtype=torch.float32, load_4bit=False, 
             made.fill_(1)
         else:
             made.normal_(0, 0.02, generator=generator)
-        put(model, ours, made, load_4bit)
+        put(model, ours, made, load_4bit, spread)
     return model.eval()

@@ -14,22 +14,19 @@ A run leaves in its folder:
 Glossary
   name here    | meaning
   micro-batch  | --batch pairs that one process computes at once; a step has accumulate * processes
-  chief        | the first process, which alone measures, prints and writes
+  chief        | the first process, which alone measures, prints and writes (processes.py)
 """
 
 import argparse
-import io
 import math
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, redirect_stdout
-from datetime import timedelta
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -47,6 +44,7 @@ from full_scale.backbone import (
 from full_scale.checkpoints import add_outer_lora
 from full_scale.configs import BACKBONES
 from full_scale.pairs import PADS, collate, length_grouped, read_data, split_pairs
+from full_scale.processes import processes, spread, together
 from memdlm import (
     LOSSES,
     Phase,
@@ -62,32 +60,9 @@ from memdlm import (
     start_run,
     train,
 )
-from model import Transformer, UserError, write_json
+from model import Transformer, write_json
 
-# ---- several processes -----------------------------------------------------------------------
-
-
-def join_processes(device: str) -> str:
-    """Under torchrun, joins the other processes, each on a GPU of its own. Returns the device."""
-    if "LOCAL_RANK" not in os.environ:
-        return device
-    if device == "cuda":
-        number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if number >= there:
-            raise UserError(f"there are {there} GPUs: lower --nproc_per_node.")
-        device = f"cuda:{number}"
-        torch.cuda.set_device(device)
-    # While the chief measures the losses, the others wait for it.
-    backend = "nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
-    return device
-
-
-def processes() -> tuple[int, int]:
-    """This process's number, and how many there are: (0, 1) unless started by torchrun."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+# ---- the loss, in one of several processes ----------------------------------------------------
 
 
 class Objective(nn.Module):
@@ -151,7 +126,7 @@ def checkpoint_activations(model: Transformer) -> None:
 
 def make_phase(args, model: Transformer, train_set: list, held_out: list, collate) -> Phase:
     """The training run that the flags describe, for `memdlm.train`. collate: pairs -> Batch."""
-    _, world = processes()
+    rank, world = processes()
     per_epoch = math.ceil(len(train_set) / args.batch)
     steps = args.steps or math.ceil(args.epochs * per_epoch / (args.accumulate * world))
     objective, measured = Objective(model, args), []
@@ -170,8 +145,8 @@ def make_phase(args, model: Transformer, train_set: list, held_out: list, collat
         return micro_losses(objective, batch_at, args.seed, step, args.accumulate)
 
     def log_at(step: int) -> list[dict]:
-        if step % args.eval_every and step != steps:
-            return []
+        if (step % args.eval_every and step != steps) or (rank > 0 and not args.shard):
+            return []  # where weights are spread, nobody can measure alone
         losses = measure_losses(model, *measured, memory_of(vars(args)), args.seed)
         return [{"method": args.method, "step": step, **losses, "seed": args.seed}]
 
@@ -199,7 +174,7 @@ def fine_tune(args: argparse.Namespace, device: str) -> None:
     print(f"{counts}, {dropped} longer than {args.max_length} tokens left out")
     if rank == 0:
         start_run(out, settings(args), args.resume)
-    model = load_backbone(args, tokenizer, device)
+    model = load_backbone(args, tokenizer, device, spread if args.shard else None)
     lora = {"rank": args.lora_rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
     add_outer_lora(model, **lora, generator=generator_for(args.seed, "lora"))
     print("LoRA", covered(model, lambda layer: layer.lora_A is not None))
@@ -260,6 +235,7 @@ def build_parser() -> Parser:
     flag("--epochs", type=whole(1), default=5, help="passes through --data [5, Sec. 4.1]")
     flag("--accumulate", type=whole(1), default=1, help="micro-batches per step and process [1]")
     flag("--checkpoint-activations", action="store_true", help="less memory, more time")
+    flag("--shard", action="store_true", help="under torchrun: spread frozen weights over the GPUs")
     flag("--eval-every", type=whole(1), default=100, help="steps between measured losses")
     flag("--eval-examples", type=whole(1), default=16, help="pairs measured, of each kind")
     flag("--lora-rank", type=whole(1), default=32, help="of the outer LoRA [32, Sec. 4.1]")
@@ -275,9 +251,9 @@ def run(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     if args.steps:
         parser.refuse(args, ["epochs"], "has no effect beside --steps, which counts by itself")
-    device = join_processes(pick_device(args.device))
-    rank, _ = processes()
-    with nullcontext() if rank == 0 else redirect_stdout(io.StringIO()):
+    if args.load_4bit:
+        parser.refuse(args, ["shard"], "is for whole weights: those of --load-4bit are small")
+    if "LOCAL_RANK" not in os.environ:
+        parser.refuse(args, ["shard"], "spreads weights over processes: start it by torchrun")
+    with together(pick_device(args.device)) as device:
         fine_tune(args, device)
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -6,6 +6,10 @@ same command starts again, it reads that file and asks only what is missing, in 
 it ends with the same file. Lines of settings say what the answers depend on; answers that were made
 with other settings are not taken for these, but refused.
 
+Several processes (torchrun) share the questions. The first writes predictions.jsonl, the others
+each a part of their own, predictions.1.jsonl and so on; in the end the first takes the parts over.
+Whoever starts again, with however many processes, reads the parts that were left, too.
+
 Glossary
   name here | meaning
   reader    | who answers, a row of the tables: a checkpoint, and how it writes prompts, if it does
@@ -27,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 from data import out_of_memory
+from full_scale.processes import from_all, processes
 from full_scale.report import title
 from model import Transformer, UserError
 from sample import Write
@@ -66,23 +71,45 @@ class Predictions:
     def __init__(self, path: Path):
         """Reads what is there, and finds out whether it can be written. A last line that was cut
         off is dropped."""
-        self.path = path
+        rank, _ = processes()
+        self.path = path.with_suffix(f".{rank}.jsonl") if rank else path
+        self.parts = path.with_suffix("").name + ".*.jsonl"
         self.answers: dict[tuple, dict] = {}  # by KEY
         self.settings: dict[tuple, dict] = {}  # by SETTINGS_KEY
         self.without_room: set[tuple] = set()  # the places where memory ran out this time
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            *lines, cut_off = path.read_bytes().split(b"\n")
-            os.truncate(path, path.stat().st_size - len(cut_off))
+            self.path.touch()
+            *_, cut_off = self.path.read_bytes().split(b"\n")
+            os.truncate(self.path, self.path.stat().st_size - len(cut_off))
         except OSError as error:
-            raise UserError(f"cannot use {path}: {error}; choose another --out.") from None
+            raise UserError(f"cannot use {self.path}: {error}; choose another --out.") from None
+        from_all(None)  # each has found its own file now: the first one's is there
+        self.read(path)
+        self.kept = {*self.answers}  # those of predictions.jsonl itself
+        for part in sorted(path.parent.glob(self.parts)):
+            self.read(part)
+        from_all(None)  # nobody writes before all have read
+
+    def read(self, path: Path) -> None:
+        """Takes the lines of a file, but for a last one that was cut off."""
+        *lines, _ = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             try:
                 self.take(json.loads(line))
             except (ValueError, TypeError, KeyError):
                 advice = "delete it (an answer is made again), or name another --out"
                 raise UserError(f"{path}, line {number} is damaged: {advice}.") from None
+
+    def join(self) -> None:
+        """The chief's last deed: it takes the parts over. Stopped in between, it does so again."""
+        for part in sorted(self.path.parent.glob(self.parts)):
+            self.read(part)
+        for key, answer in self.answers.items():
+            if key not in self.kept:
+                self.append(answer)
+        for part in self.path.parent.glob(self.parts):
+            part.unlink()
 
     def take(self, record: dict) -> None:
         """Remembers a line. A TypeError or a KeyError says that it is neither kind of line."""
@@ -103,6 +130,8 @@ class Predictions:
             advice = "the answers so far are kept; start again to go on"
             raise UserError(f"cannot write {self.path}: {error}; {advice}.") from None
         self.take(json.loads(line))
+        if "settings" not in record:
+            self.kept.add(tuple(record[name] for name in KEY))
 
     def agree(self, settings: dict[tuple, dict]) -> None:
         """Refuses to go on where there are answers by other settings; notes those that are new.
@@ -115,8 +144,9 @@ class Predictions:
                     what = f"{self.path.parent} holds answers of {title(key[0])} to {key[1]} with"
                     other = f"{name} {found.get(name)!r}, not {wanted.get(name)!r}"
                     raise UserError(f"{what} {other}: name another --out.")
+        rank, _ = processes()
         for key, wanted in settings.items():
-            if self.settings.get(key) != wanted:
+            if rank == 0 and self.settings.get(key) != wanted:
                 self.append({**dict(zip(SETTINGS_KEY, key)), "settings": wanted})
 
     def of(self, reader: Reader, cell: Cell) -> list[dict]:
@@ -151,22 +181,29 @@ def measured_answer(model: Transformer, reader: Reader, cell: Cell, index: int) 
 
 
 def ask_all(readers: list[Reader], cells: list[Cell], open_model, predictions) -> None:
-    """Asks everything that is missing, and notes the places where memory runs out.
+    """Asks everything that is missing, and notes the places where memory runs out. Of several
+    processes each asks its share, and all know in the end where memory ran out for any.
 
     open_model(checkpoint) is called for one checkpoint after the other, and for none that has
     nothing left to do. The one before has been let go by then: there may be room for one alone.
     """
-    total = len(readers) * sum(cell.n for cell in cells)
-    missing = sum(len(predictions.missing(*pair)) for pair in product(readers, cells))
-    with tqdm(total=total, initial=total - missing, desc="answers", delay=2, mininterval=1) as bar:
+    (rank, world), shares = processes(), {}
+    for number, (reader, cell) in enumerate(product(readers, cells)):
+        missing = predictions.missing(reader, cell)
+        shares[place(reader, cell)] = missing[(rank + number) % world :: world]  # they take turns
+    total, own = len(readers) * sum(cell.n for cell in cells), sum(map(len, shares.values()))
+    shown = {"desc": "answers", "delay": 2, "mininterval": 1, "disable": rank > 0}
+    total = max(own, total // world)
+    before = total - own
+    with tqdm(total=total, initial=before, **shown) as bar:
         for checkpoint in dict.fromkeys(reader.checkpoint for reader in readers):
             model = None
             alike = [reader for reader in readers if reader.checkpoint == checkpoint]
             for reader, cell in product(alike, cells):
                 bar.set_postfix_str(f"{reader.method} {cell.task} {cell.length}", refresh=False)
-                for index in predictions.missing(reader, cell):
+                for index in shares[place(reader, cell)]:
                     if model is None:
-                        if bar.n > bar.initial:
+                        if bar.n > before:
                             bar.clear()  # what loading says gets a line of its own
                         model = open_model(checkpoint)
                     answer = measured_answer(model, reader, cell, index)
@@ -176,3 +213,4 @@ def ask_all(readers: list[Reader], cells: list[Cell], open_model, predictions) -
                         break
                     predictions.append(answer)
                     bar.update()
+    predictions.without_room.update(*from_all(predictions.without_room))
