@@ -114,7 +114,13 @@ def metrics_of(task: str, protocol: str = "original") -> list[str]:
 
 @torch.no_grad()
 def log_likelihood(
-    model: Transformer, x0: Tensor, prompt: int, masked: Tensor, share: Tensor, cfg_scale=0.0
+    model: Transformer,
+    x0: Tensor,
+    prompt: int,
+    masked: Tensor,
+    share: Tensor,
+    cfg_scale=0.0,
+    fast=None,
 ) -> Tensor:
     """Estimates of log p(answer | prompt), one for each of n masks; LLaDA takes their mean.
 
@@ -124,7 +130,7 @@ def log_likelihood(
     x0 = x0.expand_as(masked)
     canvas = corrupt(x0, masked, model.config.mask_id)
     given = (torch.arange(x0.shape[1], device=x0.device) < prompt).expand_as(masked)
-    logits = guided_logits(model, canvas, given, None, cfg_scale, None, masked)  # (M, V)
+    logits = guided_logits(model, canvas, given, fast, cfg_scale, None, masked)  # (M, V)
     nll = F.cross_entropy(logits, x0[masked], reduction="none")  # (M,)
     rows = masked.nonzero()[:, 0]  # (M,) the mask that each hidden token belongs to
     return -nll.new_zeros(len(masked)).index_add(0, rows, nll) / share

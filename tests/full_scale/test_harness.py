@@ -1,0 +1,222 @@
+"""
+test_harness.py: lm-evaluation-harness asks our model. A task of two lines, written here, is read
+offline; what comes out is what the samplers and the likelihood say, whatever the order, the batch,
+the number of processes or a stop.
+"""
+
+import json
+import sys
+from functools import partialmethod
+from pathlib import Path
+
+import pytest
+import torch
+from commands import checkpoints, run_python
+from test_processes import LAUNCH
+
+pytest.importorskip("lm_eval")
+
+from lm_eval import evaluator
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+import sample
+from full_scale import harness
+from full_scale.harness import MemDLM, stratified_masks
+from full_scale.scoring import log_likelihood
+from model import UserError
+from sample import generate, plan_blocks
+
+COMMON = """
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/two.jsonl}}}}
+test_split: test
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+"""
+TASKS = {
+    "two_answers": "output_type: generate_until\ndoc_to_target: '{{answer}}'\n"
+    "generation_kwargs: {until: ['\\n'], max_gen_toks: 6}\nmetric_list: [{metric: exact_match}]\n",
+    "two_choices": "output_type: multiple_choice\ndoc_to_choice: '{{choices}}'\n"
+    "doc_to_target: '{{label}}'\nmetric_list: [{metric: acc}]\n",
+}
+LINES = [
+    {"question": "Who is it?", "answer": "Mary", "choices": ["Mary", "John, it is"], "label": 0},
+    {"question": "Where is she?", "answer": "here", "choices": ["here", "at home"], "label": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    """A folder with the two tasks. Nobody writes into it."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "two.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    for name, text in TASKS.items():
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n{COMMON.format(folder=folder)}{text}")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path, monkeypatch):
+    """The harness keeps what it has read below HF_HOME."""
+    for name, value in {
+        "HF_HOME": tmp_path / "hf",
+        "HF_DATASETS_OFFLINE": 1,
+        "HF_HUB_OFFLINE": 1,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    # It takes ten seconds to read its 20,000 tasks, and some to describe the machine.
+    own_alone = partialmethod(TaskManager.__init__, include_defaults=False)
+    monkeypatch.setattr(TaskManager, "__init__", own_alone)
+    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
+    monkeypatch.setattr(sys, "argv", ["harness.py"])
+
+
+def flags_for(tasks: Path, out: Path, *more) -> list[str]:
+    """A command line: both tasks with a memory, answers kept in OUT."""
+    own = [
+        "--backbone",
+        checkpoints()["llada-moe"],
+        "--memory",
+        "--mc-samples",
+        6,
+        "--device",
+        "cpu",
+    ]
+    theirs = ["--tasks", ",".join(TASKS), "--include_path", tasks, "--log_samples"]
+    return [str(word) for word in (*own, *theirs, "--output_path", out, *more)]
+
+
+def said(out: Path) -> dict[str, list]:
+    """What the model has answered, by task and number of the line; numbers to .001."""
+    found = {}
+    for name in TASKS:
+        [path] = out.rglob(f"samples_{name}_*.jsonl")
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found[name] = [line["resps"] for line in sorted(lines, key=lambda line: line["doc_id"])]
+    found["two_choices"] = [
+        [[round(float(value), 3), str(greedy)] for ((value, greedy),) in line]
+        for line in found["two_choices"]
+    ]
+    return found
+
+
+def model_with(**flags) -> MemDLM:
+    return MemDLM(backbone=checkpoints()["llada-moe"], device="cpu", **flags)
+
+
+def asked(kind: str, *arguments) -> list[Instance]:
+    return [Instance(kind, {}, arguments, 0)]
+
+
+# ---- what an answer is -----------------------------------------------------------------------
+
+
+def test_an_answer_is_that_of_the_sampler_up_to_the_first_stop():
+    lm = model_with(steps=4, memory=True)
+    context, options = "Who is it?", {"max_gen_toks": 12, "until": []}
+    [whole] = lm.generate_until(asked("generate_until", context, options))
+    prompt = torch.tensor([lm.tokenizer.encode(context)])
+    fast = sample.write_prompt(lm.model, prompt, lm.write, 0, [harness.number_of(prompt)])
+    ids = generate(lm.model, prompt, plan_blocks(12, 4), fast=fast)
+    assert whole == lm.tokenizer.decode(ids[0].tolist())
+    stops = [whole[3:5], whole[7:9]]
+    [cut] = lm.generate_until(asked("generate_until", context, {**options, "until": stops}))
+    assert cut == whole[: min(whole.index(stop) for stop in stops)]
+    assert model_with(steps=4).answer(context, options) != whole
+
+
+def test_a_likelihood_is_the_mean_of_ladas_estimate():
+    """Over masks of all sizes; greedy is what our sampler would say. A blank before the
+    continuation belongs to it, wherever the task has put it."""
+    lm, context = model_with(mc_samples=10), "Who is it?"
+    value, greedy = lm.likelihood(context, " Mary")
+    assert lm.likelihood(context + " ", "Mary") == (value, greedy)
+    prompt = lm.tokenizer.encode(context)
+    target = lm.tokenizer.encode(context + " Mary")[len(prompt) :]
+    x0 = torch.tensor(prompt + target)
+    drawn = harness.generator_for(0, "likelihood", harness.number_of(x0))
+    hidden = stratified_masks(len(target), 10, drawn)
+    masked = torch.nn.functional.pad(hidden, (len(prompt), 0))
+    by_hand = log_likelihood(lm.model, x0, len(prompt), masked, hidden.double().mean(1))
+    assert value == pytest.approx(by_hand.mean().item(), rel=1e-5)
+    assert not greedy
+    ids = generate(lm.model, torch.tensor([prompt]), plan_blocks(1))[0].tolist()
+    assert lm.tokenizer.encode(context + (text := lm.tokenizer.decode(ids)))[len(prompt) :] == ids
+    assert lm.likelihood(context, text)[1]
+
+
+@pytest.mark.parametrize(("tokens", "samples"), [(4, 8), (5, 128), (7, 3), (1, 128)])
+def test_masks_of_all_sizes_count_alike(tokens, samples):
+    """1 to all tokens, each number as often as another, and each token as often as another."""
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.cat([stratified_masks(tokens, samples, generator) for _ in range(300)])
+    assert len(masks) == 300 * (1 if tokens == 1 else samples)
+    sizes = torch.bincount(masks.sum(1), minlength=tokens + 1) / len(masks)
+    assert sizes.tolist() == pytest.approx([0] + [1 / tokens] * tokens, abs=0.03)
+    assert masks.double().mean(0).tolist() == pytest.approx(
+        [(1 + 1 / tokens) / 2] * tokens, abs=0.06
+    )
+
+
+def test_a_context_that_is_cut_off_says_so(capsys):
+    lm, context = model_with(max_length=20, steps=1), "word " * 30
+    count = len(lm.tokenizer.encode(context))
+    lm.answer(context, {"max_gen_toks": 8})
+    assert f"of a context of {count} tokens, the last 12 are read" in capsys.readouterr().out
+    lm.answer("word", {"max_gen_toks": 8})
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=r"^--max-length 20 has no room for 30 tokens\.$"):
+        lm.answer("word", {"max_gen_toks": 30})
+
+
+# ---- the harness's own command ---------------------------------------------------------------
+
+
+def test_order_batch_processes_and_stops_change_nothing(tasks, tmp_path, monkeypatch):
+    """One process; two, with other batches; and one that was stopped after two answers."""
+    one = tmp_path / "one"
+    harness.run(flags_for(tasks, one))
+    wanted = said(one)
+    assert len({json.dumps(answer) for answers in wanted.values() for answer in answers}) == 4
+    program = [*LAUNCH, 2, "full_scale/harness.py"]
+    done = run_python(*program, *flags_for(tasks, tmp_path / "two", "--batch_size", 4))
+    assert done.returncode == 0, done.stderr
+    assert said(tmp_path / "two") == wanted
+
+    kept, genuine = tmp_path / "cache", MemDLM.likelihood
+    with monkeypatch.context() as patch:
+        patch.setattr(MemDLM, "likelihood", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            harness.run(flags_for(tasks, tmp_path / "stopped", "--use_cache", kept))
+    with monkeypatch.context() as patch:  # the two answers are there: they are not asked again
+        patch.setattr(MemDLM, "answer", lambda *arguments: 1 / 0)
+        patch.setattr(MemDLM, "likelihood", genuine)
+        harness.run(flags_for(tasks, tmp_path / "stopped", "--use_cache", kept))
+    assert said(tmp_path / "stopped") == wanted
+    with monkeypatch.context() as patch:  # but those of other flags are not taken for ours
+        patch.setattr(MemDLM, "answer", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            harness.run(flags_for(tasks, tmp_path / "other", "--use_cache", kept, "--steps", 2))
+
+
+def test_the_harness_names_our_model_by_itself(tasks, tmp_path):
+    """`lm_eval --model memdlm --model_args ...`: the same answers."""
+    named = f"backbone={checkpoints()['llada-moe']},memory=True,mc_samples=6"
+    theirs = flags_for(tasks, tmp_path / "named")[7:]
+    harness.run(["--model", "memdlm", "--model_args", named, *theirs])
+    harness.run(flags_for(tasks, tmp_path / "own"))
+    assert said(tmp_path / "named") == said(tmp_path / "own")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"adapter": "absent"}, "adapter_config.json is missing"),
+        ({"steps": 1, "block_length": 8, "max_length": 64}, "--steps for 64 tokens"),
+        ({"edit_threshold": 0.9}, "--edit-threshold is for LLaDA2.1 alone"),
+        ({"nonsense": 1}, "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(flags, named):
+    with pytest.raises(UserError, match=named):
+        model_with(**flags)
