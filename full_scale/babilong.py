@@ -420,7 +420,7 @@ def original_prompt(task: str, context: str, question: str, shots: int = 3) -> s
 
 def harness_prompt(task: str, context: str, question: str, shots: int = 2) -> str:
     """lm-evaluation-harness's prompt: nearly the same words, in other places."""
-    words = WORDS[task]["harness"]
+    words = WORDS[task]["original"] | WORDS[task].get("harness", {})  # there is what differs
     parts = [f"{words['instruction']}\n{words['post_prompt']}"]
     form = "{facts}\n{question} {answer}"
     parts += [form.format(**example) for example in WORDS[task]["examples"][:shots]]

@@ -296,12 +296,18 @@ MOST_WEIGHTS = 10**12  # more than any machine holds
 
 
 def random_llada(
-    name: str, device="cpu", dtype=torch.float32, load_4bit=False, spread=None, seed=0
+    name: str | BackboneConfig,
+    device="cpu",
+    dtype=torch.float32,
+    load_4bit=False,
+    spread=None,
+    seed=0,
 ) -> Transformer:
     """A backbone at its real size with random weights, N(0, 0.02), made on the device: to try
-    memory and speed without a download. name: a key of BACKBONES, or a folder with a config.json.
+    memory and speed without a download. name: a key of BACKBONES, a folder with a config.json, or
+    the sizes themselves.
     """
-    model = on_meta(llada_config(name))
+    model = on_meta(name if isinstance(name, BackboneConfig) else llada_config(name))
     weights = sum(tensor.numel() for tensor in model.state_dict().values())
     if weights > MOST_WEIGHTS:
         raise UserError(f"{name}: {weights:.1e} weights are more than any machine holds.")

@@ -67,11 +67,6 @@ def babilong_correct(task: str, question: str, target: str, output: str) -> bool
     return named - asked == set(targets)
 
 
-def babilong_contains(target: str, output: str) -> bool:
-    """BABILong's older rule: the target is somewhere in the first statement."""
-    return target.lower() in first_statement(output)
-
-
 def babilong_accuracy(target: str, output: str) -> float:
     """The harness's rule, which the paper reports: the target is somewhere in the output."""
     return float(target.lower() in clean(output).lower())

@@ -1,0 +1,63 @@
+"""
+night.py: the hours of the paper's tables, computed from what a pass costs.
+
+    python tests/full_scale/night.py [--tflops 200] [--window-ms 12]
+
+A pass over T tokens of LLaDA-MoE computes T (2 N + 4 T D) per layer, for the N weights that a token
+meets. --tflops: what the GPU sustains in it. --window-ms: a pass over a block of up to 128 tokens
+with --cache, which takes as long as reading the weights. full_scale/bench.py measures both.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from full_scale.bench import flops
+from full_scale.configs import llada_config
+
+# table -> lengths, passes of each kind of answer, questions of each kind, rows
+TABLE_1 = [128, 30, 120, 20, 20, 20, 20, 20]  # needles, variables, common words, BABILong's five
+LONGBENCH = [32, 32, 32, 64, 64, 32, 128, 512, 64, 128, 64, 64]  # the twelve of Table 3
+TABLES = {
+    "Table 1 (4K, 8K)": ((4096, 8192), TABLE_1, 500, 4),
+    "Table 2 (16K, 32K)": ((16384, 32768), TABLE_1, 500, 4),
+    "Table 3 (LongBench, 8K)": ((8192,), LONGBENCH, 200, 3),
+    "Fig. 5 (BABILong qa1, 1K to 32K)": (tuple(2**k for k in range(10, 16)), [20], 500, 3),
+}
+# LongAlpaca: 12,000 pairs, 5 epochs, 2 a batch; 2,048 tokens of a pair are a guess of the mean.
+STEPS, LENGTH = 5 * 12_000 // 2, 2048
+
+
+def pass_flops(length: int) -> float:
+    """Of one forward pass: `flops` counts 4 N and 12 T D, the forward and the backward pass."""
+    config = llada_config("llada-moe")
+    attention = 12 * length * config.heads * config.head_dim * config.layers * length
+    return (flops(config, 1, length) - attention) / 2 + attention / 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--tflops", type=float, default=200.0)
+    parser.add_argument("--window-ms", type=float, default=12.0)
+    args = parser.parse_args()
+    print("| | passes | 1 GPU | 4 GPUs | 8 GPUs | 1 GPU, --cache | 4 | 8 |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (lengths, passes, questions, rows) in TABLES.items():
+        exact = cached = 0.0
+        for length in lengths:
+            each = pass_flops(length) / args.tflops / 1e12
+            exact += sum(passes) * each * questions * rows
+            first = len(passes) * each + (sum(passes) - len(passes)) * args.window_ms / 1000
+            cached += first * questions * rows
+        count = sum(passes) * len(lengths) * questions * rows
+        hours = [f"{s / 3600 / n:.1f} h" for s in (exact, cached) for n in (1, 4, 8)]
+        print(f"| {name} | {count:,} | {' | '.join(hours)} |")
+    step = flops(llada_config("llada-moe"), 2, LENGTH) / args.tflops / 1e12
+    for name, times in (("Standard MDLM", 1.0), ("MemDLM, at most 1.7 times that", 1.7)):
+        hours = [f"{STEPS * step * times / 3600 / n:.1f} h" for n in (1, 4, 8)]
+        print(f"| fine-tuning, {name} | {STEPS:,} steps | {' | '.join(hours)} | | | |")
+
+
+if __name__ == "__main__":
+    main()
