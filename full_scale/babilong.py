@@ -57,7 +57,8 @@ class Event(NamedTuple):
     was   later place  object     the place where it was before
     side  place        direction  the place that it lies on this side of
     at    person       -          place
-    not   person       -          the place where the person is not any more
+    not   person       -          a place where the person is not
+    left  person       -          the place where the person was a moment ago
     or    person       place      another place: the person is in one of the two
     in    person       answer     place: whether the person is there, "yes", "no" or "maybe"
     load  person       answer     how many objects the person carries, or which
@@ -96,7 +97,8 @@ SENTENCES = {
     "give": ways_to_tell("gave, handed, passed", "the {what} to {to}."),
     "side": ["The {who} is {what} of the {to}."],
     "at": ["{who} is in the {to}."],
-    "not": ["{who} is not in the {to}.", "{who} is no longer in the {to}."],
+    "not": ["{who} is not in the {to}."],
+    "left": ["{who} is no longer in the {to}."],
     "or": ["{who} is either in the {what} or the {to}."],
 }
 
@@ -244,7 +246,7 @@ def live(task: str, n: int, rng: random.Random) -> tuple[list[Event], list[Event
 def whereabouts(event: Event, places: list[str]) -> list[Event]:
     """Whether the person of an event is in each of the places, as far as it tells."""
     answers = {event.to: "no"}
-    if event.kind != "not":
+    if event.kind not in ("not", "left"):
         answers = dict.fromkeys(places, "no") | {event.to: "yes"}
     if event.kind == "or":
         answers |= {event.what: "maybe", event.to: "maybe"}
@@ -252,8 +254,8 @@ def whereabouts(event: Event, places: list[str]) -> list[Event]:
 
 
 def hear(task: str, n: int, rng: random.Random) -> tuple[list[Event], list[Event]]:
-    """n facts about where people are, none of which contradicts the one before about the same
-    person; and what the last one about each of them tells."""
+    """n facts about where people are, who may have moved unseen since the last one about them; and
+    what the last one about each of them tells."""
     places = TOWN if task == "qa10" else PLACES
     events: list[Event] = []
     last: dict[str, Event] = {}
@@ -264,10 +266,12 @@ def hear(task: str, n: int, rng: random.Random) -> tuple[list[Event], list[Event
         here = rng.choice(open_to.get(who, places))
         others = [place for place in places if place != here]
         away = rng.sample(others, 2)
-        event = Event(kind, who, to=here if kind in ("at", "not") else away[0])
+        if kind == "not" and len(open_to.get(who, places)) == 1:
+            kind = "left"
+        event = Event(kind, who, to=away[0] if kind in ("go", "or") else here)
         if kind == "or":
             event = event._replace(what=away[1])
-        open_to[who] = {"or": away, "not": others}.get(kind, [event.to])
+        open_to[who] = {"or": away, "not": others, "left": others}.get(kind, [event.to])
         last[who] = event
         events.append(event)
     return events, [truth for event in last.values() for truth in whereabouts(event, places)]
@@ -400,7 +404,7 @@ def choose_published(folder: Path, task: str, index: int, length: int, most: int
 
 BABILONG_TEMPLATE = WORDS["template"]
 # What hides the facts if the user gives no text: it names no person, object or place of a story.
-BACKGROUND = " ".join(WORDS["background"])
+BACKGROUND = WORDS["background"]
 
 
 def original_prompt(task: str, context: str, question: str, shots: int = 3) -> str:
@@ -420,7 +424,7 @@ def original_prompt(task: str, context: str, question: str, shots: int = 3) -> s
 
 def harness_prompt(task: str, context: str, question: str, shots: int = 2) -> str:
     """lm-evaluation-harness's prompt: nearly the same words, in other places."""
-    words = WORDS[task]["original"] | WORDS[task].get("harness", {})  # there is what differs
+    words = WORDS[task]["original"] | WORDS[task].get("harness", {})
     parts = [f"{words['instruction']}\n{words['post_prompt']}"]
     form = "{facts}\n{question} {answer}"
     parts += [form.format(**example) for example in WORDS[task]["examples"][:shots]]

@@ -13,7 +13,6 @@ response; one outer LoRA and one set of fast weights, of rank 32, as in Sec. 4.1
         for attention. Passes that checkpointing repeats, the LoRAs and the head are not counted
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +33,7 @@ from full_scale.checkpoints import add_outer_lora, random_llada
 from full_scale.configs import BackboneConfig
 from full_scale.finetune import checkpoint_activations
 from memdlm import METHODS, Memory, generator_for, machine
-from model import Transformer, UserError, write_text
+from model import Transformer, UserError, read_json, write_json, write_text
 from sample import Block, Write, generate, plan_blocks, write_prompt
 
 MIXTURE = {"moe_layers": tuple(range(4)), "experts": 8, "experts_per_token": 2, "expert_ffn": 64}
@@ -65,18 +64,19 @@ def seconds(function: Callable[[], object], repeats: int = 2) -> float:
 def model_of(*key) -> Transformer:
     """(name, in NF4, with checkpointing) -> random weights, and an outer LoRA whose B is not zero,
     as after some training. The last one is kept; there may be room for one alone."""
-    if key in KEPT:
-        return KEPT[key]
-    KEPT.clear()
-    name, nf4, checkpointing = key
-    model = KEPT[key] = random_llada(MODELS[name], DEVICE, DTYPE, nf4)
-    add_outer_lora(model, 32, 64.0, 0.05, generator_for(0, "bench"))
-    for parameter, p in model.named_parameters():
-        if parameter.endswith("lora_B"):
-            p.data.fill_(0.01)
-    if checkpointing:
-        checkpoint_activations(model)
-    return model
+    if key not in KEPT:
+        KEPT.clear()
+        name, nf4, checkpointing = key
+        model = KEPT[key] = random_llada(MODELS[name], DEVICE, DTYPE, nf4)
+        add_outer_lora(model, 32, 64.0, 0.05, generator_for(0, "bench"))
+        for parameter, p in model.named_parameters():
+            if parameter.endswith("lora_B"):
+                p.data.fill_(0.01)
+        if checkpointing:
+            checkpoint_activations(model)
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    return KEPT[key]
 
 
 def flops(config: BackboneConfig, rows: int, length: int) -> float:
@@ -110,9 +110,9 @@ def step(name: str, method: str, length: int, nf4=False, checkpointing=False, lo
     maskable = (torch.arange(length, device=DEVICE) >= length * 7 // 8).expand(2, length)
 
     def once() -> None:
-        model.zero_grad()
         batch = Batch(x0, maskable, None)
         METHODS[method](model, batch, Memory(), generator_for(0, "bench")).backward()
+        model.zero_grad()  # no gradients beside the answers of other cases
 
     looped = mock.patch.object(experts, "kernel_fits", return_value=False)
     with looped if loop else nullcontext():
@@ -133,11 +133,11 @@ def answer(name: str, length: int, cache: bool, memory: bool) -> dict:
         sampler(model, prompt, blocks=blocks, fast=fast)
 
     if cache:
-        return {"s": seconds(partial(once, plan_blocks(ANSWER)), 0), "passes": ANSWER}
-    some, none = Block(0, ANSWER, [1] * (SAMPLE + 1)), Block(0, ANSWER, [1])
-    first = seconds(partial(once, [none]), 1)  # with what comes before the passes
-    each = (seconds(partial(once, [some]), 0) - first) / SAMPLE
-    return {"s": first + (ANSWER - 1) * each, "passes": ANSWER, "note": f"from {SAMPLE + 1} passes"}
+        return {"s": seconds(partial(once, plan_blocks(ANSWER)), 0)}
+    first = seconds(partial(once, [Block(0, ANSWER, [1])]), 1)  # a pass, and writing the prompt
+    more = seconds(partial(once, [Block(0, ANSWER, [1] * (SAMPLE + 1))]), 0)
+    each = (more - first) / SAMPLE
+    return {"s": first + (ANSWER - 1) * each, "note": f"from {SAMPLE + 1} passes"}
 
 
 def cases(prompts: list[int]) -> Iterator[tuple[str, Callable[[], dict]]]:
@@ -145,12 +145,13 @@ def cases(prompts: list[int]) -> Iterator[tuple[str, Callable[[], dict]]]:
     yield "matrix product", matmul
     yield "copy", bandwidth
     for name in MODELS:
-        first = name != "llada-8b"  # the other one is measured at fewer lengths
+        first = name != "llada-8b"  # which is dense, and measured at fewer lengths
         steps = list(product(LENGTHS if first else LENGTHS[:1], ("mdlm", "memdlm")))
         for length, method in steps:
             yield f"{name}, {method}, 2 x {length}", partial(step, name, method, length)
-        loop = partial(step, name, "mdlm", LENGTHS[0], loop=True)
-        yield f"{name}, mdlm, 2 x {LENGTHS[0]}, experts in a loop", loop
+        if first:
+            loop = partial(step, name, "mdlm", LENGTHS[0], loop=True)
+            yield f"{name}, mdlm, 2 x {LENGTHS[0]}, experts in a loop", loop
         switches = product(prompts if first else prompts[:1], (False, True), (True, False))
         for length, memory, cache in switches:
             flags = " --cache" * cache + " --memory" * memory
@@ -185,14 +186,11 @@ def table(records: list[dict]) -> str:
 
 def measured(todo: Callable[[], dict]) -> dict:
     """What a case gives, and its peak of memory; or that there was no room for it."""
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
     try:
         record = todo()
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        torch.cuda.empty_cache()
         return {"note": "out of memory"}
     peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else None
     return record | {"peak GiB": peak}
@@ -201,26 +199,25 @@ def measured(todo: Callable[[], dict]) -> dict:
 def run(arguments: list[str]) -> None:
     """Measures what is missing in OUT."""
     parser = Parser("Measures training steps and answers on this machine, with random weights.")
-    parser.add_argument("--out", required=True, help="folder for bench.jsonl and table.md")
+    parser.add_argument("--out", required=True, help="folder for bench.json and table.md")
     parser.add_argument("--minutes", type=real(0), default=8, help="begin nothing new after these")
     prompts = "lengths of the answers' prompts, in tokens"
     parser.add_argument("--prompts", nargs="+", type=whole(1), default=PROMPTS, help=prompts)
     args, clock = parser.parse_args(arguments), time.monotonic()
-    path, where = Path(args.out) / "bench.jsonl", machine(DEVICE, str(DTYPE).removeprefix("torch."))
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if any(one["machine"] != where for one in records):
+    path, where = Path(args.out) / "bench.json", machine(DEVICE, str(DTYPE).removeprefix("torch."))
+    known = read_json(path) if path.exists() else {"machine": where, "records": []}
+    if known.get("machine") != where:
         raise UserError(f"{path} was measured on another machine: name another --out.")
-    done, left = {one["case"] for one in records}, 0
+    records, left = known["records"], 0
+    done = {one["case"] for one in records}
     for name, todo in cases(args.prompts):
         if name in done:
             continue
         if time.monotonic() - clock > 60 * args.minutes:
             left += 1
             continue
-        records.append({"case": name, **measured(todo), "machine": where})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
-            file.write(json.dumps(records[-1]) + "\n")
+        records.append({"case": name, **measured(todo)})
+        write_json(path, known)
         print(table(records[-1:]).splitlines()[-1], flush=True)
     title = ", ".join(f"{name} {value}" for name, value in where.items())
     write_text(Path(args.out) / "table.md", f"{title}\n\n{table(records)}\n")

@@ -12,7 +12,7 @@ canvas, and keeps the keys and values of every layer; the later passes of that b
   dual     | the block alone                     | the masked places behind it, too
 
 Under LLaDA2's block-causal attention a block never sees what is behind it: the keys and values of
-a block that is finished stay as they are, and the answers are those of the exact sampler.
+a block that is finished stay as they are, both variants are one, and the answers are exact.
 
 Reading list: Fast-dLLM, Wu et al. 2025, arXiv 2505.22618. E channels of a head, as in model.py.
 """
@@ -26,17 +26,6 @@ from torch import Tensor
 from model import Fast, Transformer, UserError, attention_bias, rotary_angles
 
 VARIANTS = ("dual", "prefix")
-
-
-def renewed(kept: Tensor | None, new: Tensor, start: int) -> Tensor:
-    """kept (..., n, E) with `new` (..., W, E) at the positions start, ..., start + W - 1."""
-    if kept is None:
-        return new.contiguous()
-    stop = start + new.shape[-2]
-    if stop > kept.shape[-2]:  # LLaDA2's canvas grows by a block
-        return torch.cat([kept[..., :start, :], new], dim=-2)
-    kept[..., start:stop, :] = new
-    return kept
 
 
 class CachedLogits:
@@ -66,9 +55,10 @@ class CachedLogits:
         first, last = int(asked[0]), int(asked[-1])
         if self.start <= first and last < self.stop:
             return self.start, length if self.variant == "prefix" else self.stop
-        # Where blocks are final, the one before has not been seen with its last token yet.
-        start = self.start if self.grid else 0
-        self.start, self.stop = (length - self.grid if self.grid else first), last + 1
+        start = 0
+        if self.grid:  # the last commit of the block before is not in its kept keys and values yet
+            start, first = self.start, length - self.grid
+        self.start, self.stop = first, last + 1
         return start, length
 
     def run(
@@ -78,20 +68,21 @@ class CachedLogits:
         config, h = model.config, model.embedding(canvas[:, start:stop])
         turned = int(config.head_dim * config.rotary_fraction)
         angles = rotary_angles(canvas.shape[1], turned, config.rope_base, h)
-        rotary, bias = (
-            [part[start:stop] for part in angles],
-            attention_bias(attention_mask, h.dtype),
-        )
+        rotary = [part[start:stop] for part in angles]
+        bias, seen = attention_bias(attention_mask, h.dtype), None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            seen = attention_mask[:, start:stop, None].to(h.dtype)  # 0 = padding
         if bias is not None and bias.shape[2] > 1:
             bias = bias[:, :, start:stop]
         for i in range(len(model.layers)):
-            h = self.layer(model.layers[i], h, start, rotary, bias, fast, f"layers.{i}")
+            h = self.layer(model.layers[i], h, start, rotary, bias, seen, fast, f"layers.{i}")
         return h
 
-    def layer(self, layer, h: Tensor, start: int, rotary, bias, fast: Fast | None, name: str):
+    def layer(self, layer, h: Tensor, start: int, rotary, bias, seen, fast: Fast | None, name: str):
         """`Layer.forward` on a window: h (B, W, D) -> (B, W, D)."""
         if layer.canon is not None:  # a `--tiny` model: neighbours beyond the window are kept, too
-            n = self.keep(f"{name}.canon", layer.canon.norm(h), start).transpose(1, 2)
+            n = layer.canon.norm(h) if seen is None else layer.canon.norm(h) * seen
+            n = self.keep(f"{name}.canon", n, start).transpose(1, 2)
             mixed = F.conv1d(n, layer.canon.taps, padding="same", groups=n.shape[1])
             h = h + mixed.transpose(1, 2)[:, start : start + h.shape[1]]
         attention, place = layer.attention, f"{name}.attention"
@@ -101,9 +92,16 @@ class CachedLogits:
         return h + layer.mlp(layer.mlp_norm(h), fast, f"{name}.mlp")
 
     def keep(self, name: str, new: Tensor, start: int) -> Tensor:
-        """Puts what the window has computed to the rest, and returns all of it."""
-        self.kept[name] = renewed(self.kept.get(name), new, start)
-        return self.kept[name]
+        """Puts what the window has computed (..., W, E) to the rest; returns all of it."""
+        kept, stop = self.kept.get(name), start + new.shape[-2]
+        if kept is None:
+            kept = new.contiguous()
+        elif stop > kept.shape[-2]:  # LLaDA2's canvas grows by a block
+            kept = torch.cat([kept[..., :start, :], new], dim=-2)
+        else:
+            kept[..., start:stop, :] = new
+        self.kept[name] = kept
+        return kept
 
 
 def cached(sampler: Callable, variant: str, grid: int | None = None) -> Callable[..., Tensor]:

@@ -61,7 +61,7 @@ def find_qa(folder: Path | None, task: str) -> Path:
     name, _ = SOURCES[task]
     if folder is None or not (folder / name).is_file():
         what = "needs --qa DIR, a folder" if folder is None else f"--qa {folder} is no folder"
-        raise UserError(f"{task}: {what} with {name} (the manual says where it is from).")
+        raise UserError(f"{task}: {what} with {name}: see full_scale/README.md.")
     return folder / name
 
 

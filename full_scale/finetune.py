@@ -14,7 +14,7 @@ A run leaves in its folder:
 Glossary
   name here    | meaning
   micro-batch  | --batch pairs that one process computes at once; a step has accumulate * processes
-  chief        | the first process, which alone measures, prints and writes (processes.py)
+  chief        | the first process, which alone prints and writes (processes.py)
 """
 
 import argparse

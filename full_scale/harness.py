@@ -7,9 +7,10 @@ and everything else that the harness has.
     torchrun --nproc_per_node 8 full_scale/harness.py --backbone ...       a process for each GPU
 
 The second form is the harness's own: this program is `lm_eval` with one model more. Our flags are
-read first, and all others are the harness's: --tasks, --limit, --output_path, and --use_cache FILE,
-with which it goes on after a stop. Requests are read one at a time, and the random draws of each
-depend on its text alone: neither order nor batch nor a stop changes an answer.
+read first (--device and --seed are ours), and all others are the harness's: --tasks, --limit,
+--output_path, and --use_cache FILE, with which it goes on after a stop. Requests are read one at a
+time, and the random draws of each depend on its text alone: neither order nor batch nor a stop
+changes an answer. There must be as many documents as processes at least.
 
   generate_until   an answer by the samplers of sample.py and samplers.py, cut at the stop strings
   loglikelihood    LLaDA's Monte-Carlo estimate: the continuation is masked --mc-samples times, 1 to
@@ -23,8 +24,11 @@ LLaDA, arXiv 2502.09992, App. B.5; LongBench, arXiv 2308.14508.
 import argparse
 import json
 import sys
+import traceback
 import zlib
-from functools import cache
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,17 +38,20 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from tqdm import tqdm
 
 from data import DEVICES, Parser, guarded, pick_device, whole
 from full_scale import backbone
+from full_scale.benchmark import backbone_files, reader_settings
+from full_scale.predictions import Reader
 from full_scale.processes import from_all, processes, together
 from full_scale.samplers import sampler_flags, sampler_for
 from full_scale.scoring import log_likelihood
 from memdlm import generator_for, memory_of
-from model import UserError
-from sample import Write, decoding_flags, generate, plan_blocks, write_prompt
+from model import Fast, UserError
+from sample import Write, decoding_flags, write_prompt
 
 
 def build_parser() -> Parser:
@@ -67,9 +74,9 @@ def build_parser() -> Parser:
 
 
 def stratified_masks(tokens: int, samples: int, generator: torch.Generator) -> Tensor:
-    """(samples, tokens) bool: masks of 1 to `tokens` tokens, whose numbers are spread evenly, from
-    a random one on. One token has one mask."""
-    samples = min(samples, 1) if tokens == 1 else samples
+    """(samples, tokens) bool: masks that hide 1, 2, ... or all tokens, each number equally often,
+    from a random one on. One token has one mask."""
+    samples = 1 if tokens == 1 else samples
     start = torch.randint(tokens, (1,), generator=generator)
     counts = (start + torch.arange(samples) * tokens // samples) % tokens + 1
     rank = torch.rand(samples, tokens, generator=generator).argsort(1).argsort(1)
@@ -78,30 +85,45 @@ def stratified_masks(tokens: int, samples: int, generator: torch.Generator) -> T
 
 @register_model("memdlm")
 class MemDLM(LM):
-    """A backbone as the harness wants it. Keyword arguments are the flags of `build_parser`; of
-    batch_size, it is how many masks of a likelihood are computed at once."""
+    """A backbone as the harness wants it. Keyword arguments are the flags of `build_parser`.
+    batch_size: how many masks of a likelihood are computed at once; requests come one by one."""
 
-    def __init__(self, batch_size=1, max_batch_size=None, device="cuda", **flags):
+    def __init__(self, batch_size=1, max_batch_size=None, device="cuda:0", **flags):
         super().__init__()
-        named = {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
-        words = [
-            (name, str(value)) if value is not True else (name,) for name, value in named.items()
-        ]
-        given = [word for pair in words for word in pair if named[pair[0]] not in (False, None)]
-        self.args = args = build_parser().parse_args(given)
+        words = []
+        for name, value in flags.items():
+            if value is not False and value is not None:
+                words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        self.args = args = build_parser().parse_args(words)
+        if not str(batch_size).isdigit() or device not in (*DEVICES, "cuda:0"):
+            raise UserError("--batch_size must be a number, and --device cpu, cuda or mps.")
         (self._rank, self._world_size), self.batch = processes(), max(1, int(batch_size))
         # The harness says "cuda:0" if nobody says anything. Of several GPUs, "cuda" is our own.
-        self._device = pick_device("auto" if device.startswith("cuda") else device)
+        self._device = pick_device("auto" if device == "cuda:0" else device)
         self.tokenizer = backbone.backbone_tokenizer(args, plain=not args.chat)
         if args.chat and self.tokenizer.template is None:
             raise UserError(f"--chat: {args.backbone} has no chat template.")
         self.architecture = backbone.architecture_of(args)
-        self.sampler(args.max_length)  # faults in the flags show before the weights are read
+        self.sampler(args.block_length or 1)  # faults in the flags show before the weights are read
         model = backbone.load_backbone(args, self.tokenizer, self._device)
         self.model = backbone.add_adapter(model, args.adapter)
         self.write = Write(memory=memory_of(backbone.trained_with(args.adapter)))
+        self.written = (None, None)  # the last context that was written, and its memory
 
-    @cache  # noqa: B019  (there is one model in a process)
+    def set_cache_hook(self, hook) -> None:
+        """--use_cache: the harness's key is the request alone, so the file must be of one model."""
+        adapter = Path(self.args.adapter) if self.args.adapter else None
+        write = self.write if self.args.memory else None
+        known = vars(self.args) | backbone_files(self.args)
+        known = json.dumps(known | reader_settings(Reader("", "", write), adapter), default=str)
+        if hook.dbdict is not None:
+            if len(hook.dbdict) and hook.dbdict.get("memdlm") != known:
+                raise UserError(
+                    "--use_cache: the file has answers of another model or other flags."
+                )
+            hook.dbdict["memdlm"] = known
+        super().set_cache_hook(hook)
+
     def sampler(self, tokens: int):
         """The sampler for an answer of this length: a short one takes a pass a token at most."""
         steps = self.args.steps and min(self.args.steps, tokens)
@@ -114,50 +136,64 @@ class MemDLM(LM):
         if room < 0:
             raise UserError(f"--max-length {self.args.max_length} has no room for {rest} tokens.")
         if len(ids) > room:
-            tqdm.write(f"cut off: of a context of {len(ids)} tokens, the last {room} are read")
+            text = f"cut off: of a context of {len(ids)} tokens, the last {room} are read"
+            tqdm.write(text, file=sys.stderr)
             ids = ids[len(ids) - room :]
         return torch.tensor([ids], dtype=torch.long, device=self._device)
 
-    def memory_of(self, prompt: Tensor):
-        """What the context writes into the weights, if anything (--memory)."""
+    def written_from(self, prompt: Tensor) -> Fast | None:
+        """What the context writes into the weights, if anything (--memory). Choices share it."""
+        number = number_of(prompt)
         if not self.args.memory or not prompt.numel():
             return None
-        return write_prompt(self.model, prompt, self.write, self.args.seed, [number_of(prompt)])
+        if self.written[0] != number:
+            fast = write_prompt(self.model, prompt, self.write, self.args.seed, [number])
+            self.written = number, fast
+        return self.written[1]
 
-    def answer(self, context: str, options: dict) -> str:
-        """The text of one answer."""
-        tokens, stops = int(options.get("max_gen_toks", 256)), options.get("until") or []
+    def answer(self, context: str, options: dict, repeat: int = 0) -> str:
+        """The text of one answer. repeat: where a task wants several, which of them it is."""
+        options = normalize_gen_kwargs(options)
+        tokens = max(1, options["max_gen_toks"])
         prompt = self.fitting(self.tokenizer.encode_prompt(context), tokens)
-        drawn = generator_for(self.args.seed, "sample", number_of(prompt))
-        heat = float(options.get("temperature", 0)) if options.get("do_sample") else 0.0
-        known = {"fast": self.memory_of(prompt), "threshold": self.args.threshold}
-        ids = self.sampler(tokens)(self.model, prompt, temperature=heat, generator=drawn, **known)
-        text = self.tokenizer.decode(ids[0].tolist())
-        for stop in [stops] if isinstance(stops, str) else stops:
-            text = text.partition(stop)[0] if stop else text
+        drawn = generator_for(self.args.seed, "sample", number_of(prompt), repeat)
+        known = {"fast": self.written_from(prompt), "threshold": self.args.threshold}
+        known |= {"temperature": options.get("temperature", 0.0), "generator": drawn}
+        text = self.tokenizer.decode(self.sampler(tokens)(self.model, prompt, **known)[0].tolist())
+        for stop in filter(None, options.get("until", [])):
+            text = text.partition(stop)[0]
         return text
 
-    def likelihood(self, context: str, continuation: str) -> tuple[float, bool]:
-        """log p(continuation | context), and whether a greedy answer would be just that."""
+    def likelihood(self, context: str, continuation: str, greedy=True) -> tuple[float, bool]:
+        """log p(continuation | context), and whether our sampler would answer just that."""
         text, encode = context.rstrip(), self.tokenizer.encode
         continuation = context[len(text) :] + continuation  # a blank belongs to the word behind it
         ids = self.tokenizer.encode_prompt(text) if text else []
-        target = encode(continuation) if self.args.chat else encode(text + continuation)[len(ids) :]
-        prompt = self.fitting(ids, len(target))
+        whole = ids + encode(continuation) if self.args.chat else encode(text + continuation)
+        border = 0  # a token that reaches across it is part of the answer
+        while border < len(ids) and ids[border : border + 1] == whole[border : border + 1]:
+            border += 1
+        target = whole[border:]
+        if not target:
+            return 0.0, True
+        prompt = self.fitting(whole[:border], len(target))
         x0 = torch.cat([prompt[0], prompt.new_tensor(target)])
         drawn = generator_for(self.args.seed, "likelihood", number_of(x0))
         hidden = stratified_masks(len(target), self.args.mc_samples, drawn).to(x0.device)
         masked = torch.nn.functional.pad(hidden, (prompt.shape[1], 0))
-        fast, estimates = self.memory_of(prompt), []
+        fast, estimates = self.written_from(prompt), []
         for part in masked.split(self.batch):
             share = part.sum(1) / len(target)
             estimates.append(
                 log_likelihood(self.model, x0, prompt.shape[1], part, share, fast=fast)
             )
-        said = generate(self.model, prompt, plan_blocks(len(target)), fast=fast)
-        return torch.cat(estimates).mean().item(), said[0].tolist() == target
+        if greedy:
+            known = {"fast": fast, "threshold": self.args.threshold}
+            said = self.sampler(len(target))(self.model, prompt, **known)
+            greedy = said[0].tolist() == target
+        return torch.cat(estimates).mean().item(), greedy
 
-    def each(self, kind: str, requests: list[Instance], do) -> list:
+    def each(self, kind: str, requests: list[Instance], do: Callable) -> list:
         """do(*arguments) of each request; what is there already, the harness has not asked for."""
         results = []
         for request in tqdm(requests, desc=kind, disable=self.rank > 0):
@@ -166,16 +202,21 @@ class MemDLM(LM):
         return results
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        return self.each("generate_until", requests, self.answer)
+        seen = Counter()
+
+        def answer(context: str, options: dict) -> str:
+            seen[context] += 1
+            return self.answer(context, options, seen[context] - 1)
+
+        return self.each("generate_until", requests, answer)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         return self.each("loglikelihood", requests, self.likelihood)
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Of a whole text: it is refused where it is longer than --max-length."""
-        return self.each(
-            "loglikelihood_rolling", requests, lambda text: self.likelihood("", text)[0]
-        )
+        whole = partial(self.likelihood, "", greedy=False)
+        return self.each("loglikelihood_rolling", requests, lambda text: whole(text)[0])
 
     # What the harness needs to share the requests out to several processes.
 
@@ -199,23 +240,21 @@ def run(arguments: list[str]) -> None:
     device = "auto"
     if any(word.partition("=")[0] == "--backbone" for word in arguments):
         parser = build_parser()
-        args, arguments = parser.parse_known_args(arguments)
-        device, own = args.device, {}
-        for name, value in vars(args).items():
-            if name != "device" and value != parser.get_default(name):
-                own[name] = value
-        own = json.dumps(own)
-        if "--use_cache" in arguments:  # the harness's key is the request alone, whoever answers
-            place = arguments.index("--use_cache") + 1
-            arguments[place:] = [
-                f"{arguments[place]}-{zlib.crc32(own.encode()):08x}",
-                *arguments[place + 1 :],
-            ]
-        arguments = ["--model", "memdlm", "--model_args", own, *arguments]
+        args, rest = parser.parse_known_args(arguments)
+        device, names = args.device, vars(args).keys() - {"device"}
+        known = {name: getattr(args, name) for name in sorted(names)}
+        own = {name: value for name, value in known.items() if value != parser.get_default(name)}
+        arguments = ["--model", "memdlm", "--model_args", json.dumps(own), *rest]
         arguments += ["--device", pick_device(device)]
     sys.argv[1:] = arguments
-    with together(pick_device(device)):
-        cli_evaluate()
+    try:
+        with together(pick_device(device)):
+            cli_evaluate()
+    except (ValueError, ImportError, NotImplementedError) as error:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        if "lm_eval" not in last.filename:
+            raise
+        raise UserError(f"lm_eval: {str(error).strip()}".partition("\n")[0]) from None
 
 
 if __name__ == "__main__":

@@ -191,11 +191,9 @@ def ask_all(readers: list[Reader], cells: list[Cell], open_model, predictions) -
     for number, (reader, cell) in enumerate(product(readers, cells)):
         missing = predictions.missing(reader, cell)
         shares[place(reader, cell)] = missing[(rank + number) % world :: world]  # they take turns
-    total, own = len(readers) * sum(cell.n for cell in cells), sum(map(len, shares.values()))
+    own = sum(map(len, shares.values()))
     shown = {"desc": "answers", "delay": 2, "mininterval": 1, "disable": rank > 0}
-    total = max(own, total // world)
-    before = total - own
-    with tqdm(total=total, initial=before, **shown) as bar:
+    with tqdm(total=own, **shown) as bar:
         for checkpoint in dict.fromkeys(reader.checkpoint for reader in readers):
             model = None
             alike = [reader for reader in readers if reader.checkpoint == checkpoint]
@@ -203,7 +201,7 @@ def ask_all(readers: list[Reader], cells: list[Cell], open_model, predictions) -
                 bar.set_postfix_str(f"{reader.method} {cell.task} {cell.length}", refresh=False)
                 for index in shares[place(reader, cell)]:
                     if model is None:
-                        if bar.n > before:
+                        if bar.n:
                             bar.clear()  # what loading says gets a line of its own
                         model = open_model(checkpoint)
                     answer = measured_answer(model, reader, cell, index)

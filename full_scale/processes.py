@@ -1,6 +1,6 @@
 """
 processes.py: several processes, started by torchrun, each on a GPU of its own (or on CPUs, by
-gloo). The first of them, the chief, alone prints, measures and writes results.
+gloo). The first of them, the chief, alone prints and writes results.
 """
 
 import io
@@ -28,9 +28,9 @@ def join_processes(device: str) -> str:
             raise UserError(f"there are {there} GPUs: lower --nproc_per_node.")
         device = f"cuda:{number}"
         torch.cuda.set_device(device)
-    # While the chief measures the losses, or asks a long question, the others wait for it.
+    # One may wait for the others' last questions, or for the losses that the chief measures.
     backend = "nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    dist.init_process_group(backend, timeout=timedelta(days=7))
     return device
 
 
@@ -55,8 +55,8 @@ def together(device: str) -> Iterator[str]:
 
 def spread(layer: nn.Module) -> None:
     """Leaves in this process its share of a layer's frozen weights. They are put together for each
-    pass through the layer, forward or backward, and let go after it (FSDP2). A LoRA that is added
-    later stays whole."""
+    pass through the layer, forward or backward, and let go after it (FSDP2); nothing is fetched
+    ahead. A LoRA that is added later stays whole."""
     _, world = processes()
     kind = next(layer.parameters()).device.type
     fully_shard(layer, mesh=init_device_mesh(kind, (world,)), reshard_after_forward=True)

@@ -141,17 +141,19 @@ def generate_editing(
     eos: int | None = None,
     fast=None,
     watch: Callable[[Tensor], None] | None = None,
-    predict: Callable[..., Tensor] = guided_logits,
-    **greedy,
+    predict: Callable[..., Tensor] | None = None,
+    temperature: float = 0.0,
+    cfg_scale: float = 0.0,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """LLaDA2.1: prompt (1, P) -> answer (1, length), on the grid of `generate_llada2`. A pass fills
     masked places of the block, the `quota` most probable and all above the threshold [0.95], and
     replaces tokens that it committed before, where another is more probable than edit_threshold.
 
     post_steps: passes at most over a block that is full. eos: an answer that holds it ends with
-    its block. greedy: options of `generate` that must be off.
+    its block. The last three are options of `generate` that have no effect here.
     """
-    if greedy.get("temperature") or greedy.get("cfg_scale") or len(prompts) > 1:
+    if temperature or cfg_scale or len(prompts) > 1:
         raise UserError("--edit-threshold is greedy and reads one prompt: no --temperature or cfg.")
     mask, width, canvas = model.config.mask_id, prompts.shape[1], prompts
     thresholds = (0.95 if threshold is None else threshold, edit_threshold)
@@ -161,12 +163,13 @@ def generate_editing(
         place = torch.arange(stop, device=canvas.device)[None]
         block, given = place >= start, place < width
         sees = block_causal_mask(stop, block_length, canvas.device)
-        for _ in range(block_length + post_steps):  # never more, but where [MASK] is predicted
+        # A pass fills a place at least, or [MASK] itself is predicted: then masks may be left.
+        for _ in range(block_length + post_steps):
             before, full = canvas, not (canvas[block] == mask).any()
             full_passes += full
             if full_passes > post_steps:
                 break
-            logits = predict(model, canvas, given, fast, 0.0, sees, block)
+            logits = (predict or guided_logits)(model, canvas, given, fast, 0.0, sees, block)
             canvas = fill_and_edit(canvas, block, given, logits, mask, quota, *thresholds)
             if watch is not None:
                 watch(canvas)

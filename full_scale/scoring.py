@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eval_niah import string_match_all
 from full_scale.babilong import NUMBERS, OBJECTS, PEOPLE, PLACES
+from full_scale.documents import DOCUMENTS
 from full_scale.prompts import Question
 from memdlm import corrupt
 from model import Transformer
@@ -49,7 +50,7 @@ def first_statement(output: str) -> str:
 
 
 def babilong_correct(task: str, question: str, target: str, output: str) -> bool:
-    """BABILong's own rule: the first statement names just the target, any letters of which count.
+    """BABILong's own rule: the first statement names just the target, be it within another word.
 
     Labels that the question names are set aside. A target may be a list: "apple,milk". The rule
     finds "one" in "none", too, and so no right "none" in qa7; ours looks for longer labels first.
@@ -72,39 +73,25 @@ def babilong_accuracy(target: str, output: str) -> float:
     return float(target.lower() in clean(output).lower())
 
 
-def ruler_metric(question: Question, prediction: str) -> float:
-    return string_match_all(question.references, clean(prediction))
-
-
-def any_metric(question: Question, prediction: str) -> float:
-    return string_match_part(question.references, prediction)
-
-
 def babilong_metric(question: Question, prediction: str) -> float:
     task = question.task.removeprefix("babilong_")
     return float(babilong_correct(task, question.asked, question.references[0], prediction))
 
 
-def harness_metric(question: Question, prediction: str) -> float:
-    return babilong_accuracy(question.references[0], prediction)
-
-
 # name in results.json -> (question, prediction) -> score from 0 to 1
 METRICS: dict[str, Callable[[Question, str], float]] = {
-    "ruler": ruler_metric,
-    "any": any_metric,
+    "ruler": lambda question, said: string_match_all(question.references, clean(said)),
+    "any": lambda question, said: string_match_part(question.references, said),
     "babilong": babilong_metric,
-    "harness": harness_metric,
+    "harness": lambda question, said: babilong_accuracy(question.references[0], said),
 }
 
 
 def metrics_of(task: str, protocol: str = "original") -> list[str]:
     """The names of a task's metrics. The first is the score, by the rule of the protocol."""
-    if not task.startswith("babilong"):
-        return (
-            ["any"] if task.startswith("ruler_qa") else ["ruler"]
-        )  # NVIDIA's rule and the harness's are the same
-    return ["babilong", "harness"] if protocol == "original" else ["harness", "babilong"]
+    if task.startswith("babilong"):
+        return ["babilong", "harness"] if protocol == "original" else ["harness", "babilong"]
+    return ["any"] if task in DOCUMENTS else ["ruler"]  # NVIDIA's rules and the harness's are alike
 
 
 @torch.no_grad()

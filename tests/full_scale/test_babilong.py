@@ -27,7 +27,8 @@ FACTS = {
     "drop": r"([A-Z]\w+) (?:dropped|discarded|left|put down) the (\w+)\.",
     "go": r"([A-Z]\w+) (?:moved|went|went back|journeyed|travelled) to the (\w+)\.",
     "at": r"([A-Z]\w+) is in the (\w+)\.",
-    "leave": r"([A-Z]\w+) is (?:not|no longer) in the (\w+)\.",
+    "absent": r"([A-Z]\w+) is not in the (\w+)\.",
+    "leave": r"([A-Z]\w+) is no longer in the (\w+)\.",
     "either": r"([A-Z]\w+) is either in the (\w+) or the (\w+)\.",
     "side": r"The (\w+) is (north|south|east|west) of the (\w+)\.",
 }
@@ -75,10 +76,13 @@ class Reader:
         self.is_at(who, to)
 
     def leave(self, who: str, place: str) -> None:
-        assert self.place(who) in (place, f"? {who}"), "was not there"
-        del self.at[who]
-        self.left[who] = place
+        assert self.place(who) == place, "was not there"
+        self.absent(who, place)
+
+    def absent(self, who: str, place: str) -> None:
+        self.at.pop(who, None)
         self.doubt.pop(who, None)
+        self.left[who] = place
 
     def either(self, who: str, *places: str) -> None:
         self.at.pop(who, None)

@@ -73,12 +73,14 @@ def test_no_room_is_a_line_and_another_machine_is_refused(tmp_path, monkeypatch,
     monkeypatch.setattr(bench, "cases", lambda prompts: [("large", mock.Mock(side_effect=no_room))])
     bench.run(["--out", str(tmp_path)])
     assert "| large | - | - | - | - | out of memory |" in capsys.readouterr().out
-    path = tmp_path / "bench.jsonl"
-    record = json.loads(path.read_text())
-    record["machine"]["device"] = "another"
-    path.write_text(json.dumps(record) + "\n")
+    path = tmp_path / "bench.json"
+    known = json.loads(path.read_text())
+    known["machine"]["device"] = "another"
+    path.write_text(json.dumps(known))
 
     def main(arguments):
         guarded(lambda: bench.run(arguments))
 
     assert "was measured on another machine" in refusal(main, ["--out", tmp_path], capsys)
+    path.write_text("{oops")
+    assert "cannot read" in refusal(main, ["--out", tmp_path], capsys)

@@ -99,6 +99,18 @@ def test_the_first_pass_of_a_block_is_exact(kind, variant):
         assert torch.equal(cached(generate, variant)(model, prompts, blocks=blocks), exact)
 
 
+@pytest.mark.parametrize("kind", FULL)
+def test_padding_is_not_seen(kind):
+    """Rows with padding in front answer as without it."""
+    model, prompts = model_of(kind), prompts_of(2, 7)
+    padded = torch.nn.functional.pad(prompts, (3, 0), value=0)
+    seen = torch.ones(2, 16, dtype=torch.long)
+    seen[:, :3] = 0
+    decode = cached(generate, "dual")
+    ours = decode(model, padded, blocks=plan_blocks(6, block_length=3), attention_mask=seen)
+    assert torch.equal(ours, decode(model, prompts, blocks=plan_blocks(6, block_length=3)))
+
+
 @pytest.mark.parametrize("memory", [False, True])
 def test_for_a_block_causal_model_every_pass_is_exact(memory):
     """LLaDA2's finished blocks see nothing of what follows. They are computed once, and once more

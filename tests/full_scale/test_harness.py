@@ -13,6 +13,7 @@ import pytest
 import torch
 from commands import checkpoints, run_python
 from test_processes import LAUNCH
+from test_samplers import adapter_for
 
 pytest.importorskip("lm_eval")
 
@@ -101,7 +102,7 @@ def said(out: Path) -> dict[str, list]:
 
 
 def model_with(**flags) -> MemDLM:
-    return MemDLM(backbone=checkpoints()["llada-moe"], device="cpu", **flags)
+    return MemDLM(**{"backbone": checkpoints()["llada-moe"], "device": "cpu", **flags})
 
 
 def asked(kind: str, *arguments) -> list[Instance]:
@@ -145,6 +146,62 @@ def test_a_likelihood_is_the_mean_of_ladas_estimate():
     assert lm.likelihood(context, text)[1]
 
 
+def test_a_continuation_may_be_empty_or_merge_with_the_context():
+    """No token is surely said; a token that reaches across the border belongs to the answer."""
+    lm = model_with(mc_samples=2)
+    assert lm.likelihood("Who?", "") == (0.0, True)
+    merging = [
+        (a, b) for a, b in (("i", "s"), (" t", "he"), ("Answe", "r:")) if not lm_splits(lm, a, b)
+    ]
+    assert merging, "these merge in no tokenizer: the test shows nothing"
+    for context, continuation in merging:
+        assert lm.likelihood(context, continuation)[0] < 0
+
+
+def lm_splits(lm: MemDLM, context: str, continuation: str) -> bool:
+    """Whether no token reaches across the border."""
+    whole, first = lm.tokenizer.encode(context + continuation), lm.tokenizer.encode(context)
+    return whole[: len(first)] == first
+
+
+def test_a_task_that_samples_gets_answers_that_differ():
+    """As many as it asks for, the same again in another run; greedy ones are all alike."""
+    options = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 6, "until": []}
+    four = 4 * asked("generate_until", "Who is it?", options)
+    answers = model_with().generate_until(four)
+    assert len(set(answers)) == 4
+    assert model_with().generate_until(four) == answers
+    greedy = model_with().generate_until(4 * asked("generate_until", "Who?", {"until": "x"}))
+    assert len(set(greedy)) == 1
+
+
+@pytest.mark.parametrize("kind", ["llada-moe", "llada2"])
+def test_what_our_sampler_says_is_greedy(kind):
+    """By the block sampler where the model has one; a threshold of 0 is a threshold."""
+    lm = model_with(backbone=checkpoints()[kind], mc_samples=1, threshold=0)
+    assert lm.args.threshold == 0
+    prompt = torch.tensor([lm.tokenizer.encode("Who is it?")])
+    for tokens in range(1, 9):
+        ids = lm.sampler(tokens)(lm.model, prompt, threshold=0.0)[0].tolist()
+        text = lm.tokenizer.decode(ids)
+        if lm.tokenizer.encode("Who is it?" + text)[prompt.shape[1] :] == ids:
+            assert lm.likelihood("Who is it?", text)[1]
+            break
+    else:
+        pytest.fail("no answer is spelled as it was said: the test shows nothing")
+
+
+def test_choices_share_the_memory_of_their_context(monkeypatch):
+    written, write = [], harness.write_prompt
+    monkeypatch.setattr(harness, "write_prompt", lambda *a: written.append(1) or write(*a))
+    lm, choices = model_with(memory=True, mc_samples=1), [" Mary", " John", " here"]
+    said = [lm.likelihood("Who is it?", choice) for choice in choices]
+    assert len(written) == 1
+    assert lm.likelihood("Where?", " here") != said[2]
+    assert lm.likelihood("Who is it?", " here") == said[2]
+    assert len(written) == 3
+
+
 @pytest.mark.parametrize(("tokens", "samples"), [(4, 8), (5, 128), (7, 3), (1, 128)])
 def test_masks_of_all_sizes_count_alike(tokens, samples):
     """1 to all tokens, each number as often as another, and each token as often as another."""
@@ -162,9 +219,9 @@ def test_a_context_that_is_cut_off_says_so(capsys):
     lm, context = model_with(max_length=20, steps=1), "word " * 30
     count = len(lm.tokenizer.encode(context))
     lm.answer(context, {"max_gen_toks": 8})
-    assert f"of a context of {count} tokens, the last 12 are read" in capsys.readouterr().out
+    assert f"of a context of {count} tokens, the last 12 are read" in capsys.readouterr().err
     lm.answer("word", {"max_gen_toks": 8})
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match=r"^--max-length 20 has no room for 30 tokens\.$"):
         lm.answer("word", {"max_gen_toks": 30})
 
@@ -193,10 +250,9 @@ def test_order_batch_processes_and_stops_change_nothing(tasks, tmp_path, monkeyp
         patch.setattr(MemDLM, "likelihood", genuine)
         harness.run(flags_for(tasks, tmp_path / "stopped", "--use_cache", kept))
     assert said(tmp_path / "stopped") == wanted
-    with monkeypatch.context() as patch:  # but those of other flags are not taken for ours
-        patch.setattr(MemDLM, "answer", lambda *arguments: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            harness.run(flags_for(tasks, tmp_path / "other", "--use_cache", kept, "--steps", 2))
+    for flag in ("--steps=2", f"--adapter={adapter_for('llada-moe')}"):
+        with pytest.raises(UserError, match="has answers of another model or other flags"):
+            harness.run(flags_for(tasks, tmp_path / "other", f"--use_cache={kept}", flag))
 
 
 def test_the_harness_names_our_model_by_itself(tasks, tmp_path):
@@ -212,7 +268,8 @@ def test_the_harness_names_our_model_by_itself(tasks, tmp_path):
     ("flags", "named"),
     [
         ({"adapter": "absent"}, "adapter_config.json is missing"),
-        ({"steps": 1, "block_length": 8, "max_length": 64}, "--steps for 64 tokens"),
+        ({"batch_size": "auto"}, "--batch_size must be a number"),
+        ({"device": "cuda:1"}, "--device cpu, cuda or mps"),
         ({"edit_threshold": 0.9}, "--edit-threshold is for LLaDA2.1 alone"),
         ({"nonsense": 1}, "unrecognized arguments: --nonsense"),
     ],
