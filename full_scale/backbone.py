@@ -62,8 +62,7 @@ def backbone_tokenizer(args: argparse.Namespace, plain: bool = False) -> Tokeniz
 
 
 def load_backbone(args, tokenizer: Tokenizer, device: str, spread=None) -> Transformer:
-    """The backbone, frozen and in eval mode. It must agree with the tokenizer about [MASK].
-    spread: as in `load_llada`."""
+    """The backbone, frozen and in eval mode. It must agree with the tokenizer about [MASK]."""
     if args.load_4bit and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("--load-4bit needs bitsandbytes: pip install bitsandbytes.")
     load = random_llada if args.random_weights else load_llada

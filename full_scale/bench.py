@@ -50,7 +50,7 @@ ANSWER, SAMPLE = 128, 4  # tokens of an answer; of its exact passes so many are 
 
 
 def seconds(function: Callable[[], object], repeats: int = 2) -> float:
-    """The shortest of some runs, after one to warm up."""
+    """The shortest of some runs after one to warm up; of one run, with repeats=0."""
     spent = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -133,10 +133,10 @@ def answer(name: str, length: int, cache: bool, memory: bool) -> dict:
         sampler(model, prompt, blocks=blocks, fast=fast)
 
     if cache:
-        return {"s": seconds(partial(once, plan_blocks(ANSWER)), 0)}
+        return {"s": seconds(partial(once, plan_blocks(ANSWER)), 1)}
     first = seconds(partial(once, [Block(0, ANSWER, [1])]), 1)  # a pass, and writing the prompt
     more = seconds(partial(once, [Block(0, ANSWER, [1] * (SAMPLE + 1))]), 0)
-    each = (more - first) / SAMPLE
+    each = (more - first) / SAMPLE  # exact passes all cost the same
     return {"s": first + (ANSWER - 1) * each, "note": f"from {SAMPLE + 1} passes"}
 
 
@@ -145,14 +145,14 @@ def cases(prompts: list[int]) -> Iterator[tuple[str, Callable[[], dict]]]:
     yield "matrix product", matmul
     yield "copy", bandwidth
     for name in MODELS:
-        first = name != "llada-8b"  # which is dense, and measured at fewer lengths
-        steps = list(product(LENGTHS if first else LENGTHS[:1], ("mdlm", "memdlm")))
+        whole = name != "llada-8b"  # which is dense, and measured at fewer lengths
+        steps = list(product(LENGTHS if whole else LENGTHS[:1], ("mdlm", "memdlm")))
         for length, method in steps:
             yield f"{name}, {method}, 2 x {length}", partial(step, name, method, length)
-        if first:
+        if whole:
             loop = partial(step, name, "mdlm", LENGTHS[0], loop=True)
             yield f"{name}, mdlm, 2 x {LENGTHS[0]}, experts in a loop", loop
-        switches = product(prompts if first else prompts[:1], (False, True), (True, False))
+        switches = product(prompts if whole else prompts[:1], (False, True), (True, False))
         for length, memory, cache in switches:
             flags = " --cache" * cache + " --memory" * memory
             todo = partial(answer, name, length, cache, memory)
@@ -191,6 +191,7 @@ def measured(todo: Callable[[], dict]) -> dict:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
+        KEPT.clear()  # with the gradients that it was left with
         return {"note": "out of memory"}
     peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else None
     return record | {"peak GiB": peak}

@@ -50,14 +50,14 @@ class CachedLogits:
 
     def window(self, at: Tensor) -> tuple[int, int]:
         """The positions to compute: start, ..., stop - 1. at (B, T) bool: what is asked for, which
-        lies in one block; where that is a new one, everything that is not final."""
+        lies in one block. Where that is a new one: everything, or on a grid the last two blocks."""
         length, asked = at.shape[1], at.any(0).nonzero()[:, 0]
         first, last = int(asked[0]), int(asked[-1])
         if self.start <= first and last < self.stop:
             return self.start, length if self.variant == "prefix" else self.stop
         start = 0
-        if self.grid:  # the last commit of the block before is not in its kept keys and values yet
-            start, first = self.start, length - self.grid
+        if self.grid:  # the block before has had a commit since its last pass: it is done again,
+            start, first = self.start, length - self.grid  # and the new one may begin in the prompt
         self.start, self.stop = first, last + 1
         return start, length
 
@@ -69,9 +69,9 @@ class CachedLogits:
         turned = int(config.head_dim * config.rotary_fraction)
         angles = rotary_angles(canvas.shape[1], turned, config.rope_base, h)
         rotary = [part[start:stop] for part in angles]
-        bias, seen = attention_bias(attention_mask, h.dtype), None
+        bias, seen = attention_bias(attention_mask, h.dtype), None  # seen: 0 where padding is
         if attention_mask is not None and attention_mask.dim() == 2:
-            seen = attention_mask[:, start:stop, None].to(h.dtype)  # 0 = padding
+            seen = attention_mask[:, start:stop, None].to(h.dtype)
         if bias is not None and bias.shape[2] > 1:
             bias = bias[:, :, start:stop]
         for i in range(len(model.layers)):

@@ -29,7 +29,7 @@ class Asked(NamedTuple):
     question: str
     answers: tuple[str, ...]  # any of them is right
     own: tuple[str, ...]  # documents that are always there
-    near: tuple[str, ...] = ()  # those that come next: the rest of the article
+    near: tuple[str, ...] = ()  # those that fill the prompt before others do: of the article
 
 
 def squad(articles: dict) -> Iterable[Asked]:
@@ -52,7 +52,6 @@ def hotpotqa(records: list) -> Iterable[Asked]:
         yield Asked(one["question"], (one["answer"],), own)
 
 
-# task -> its file, and how that is read
 SOURCES = {"ruler_qa_1": ("squad.json", squad), "ruler_qa_2": ("hotpotqa.json", hotpotqa)}
 
 
@@ -60,8 +59,12 @@ def find_qa(folder: Path | None, task: str) -> Path:
     """The file that a task's questions are in."""
     name, _ = SOURCES[task]
     if folder is None or not (folder / name).is_file():
-        what = "needs --qa DIR, a folder" if folder is None else f"--qa {folder} is no folder"
-        raise UserError(f"{task}: {what} with {name}: see full_scale/README.md.")
+        what = (
+            "needs --qa DIR, a folder with"
+            if folder is None
+            else f"--qa {folder} is a folder without"
+        )
+        raise UserError(f"{task}: {what} {name}: see full_scale/README.md.")
     return folder / name
 
 
@@ -102,5 +105,4 @@ def answer_from_documents(task, rng: random.Random, index: int, length: int, sty
     return Draft(render, len(one.own), 32, one.answers, prefix, one.question, len(chosen))
 
 
-# name of a task -> its generator
 DOCUMENTS = {task: functools.partial(answer_from_documents, task) for task in SOURCES}

@@ -8,14 +8,14 @@ and everything else that the harness has.
 
 The second form is the harness's own: this program is `lm_eval` with one model more. Our flags are
 read first (--device and --seed are ours), and all others are the harness's: --tasks, --limit,
---output_path, and --use_cache FILE, with which it goes on after a stop. Requests are read one at a
-time, and the random draws of each depend on its text alone: neither order nor batch nor a stop
-changes an answer. There must be as many documents as processes at least.
+--output_path, and --use_cache FILE, with which it goes on after a stop (with as many processes as
+before). Requests are read one at a time, and the random draws of each depend on its text alone:
+neither order nor batch nor a stop changes an answer. Each process needs a document at least.
 
   generate_until   an answer by the samplers of sample.py and samplers.py, cut at the stop strings
   loglikelihood    LLaDA's Monte-Carlo estimate: the continuation is masked --mc-samples times, 1 to
                    all of its tokens (in equal steps), and the mean loss of a masked token counts as
-                   that of all. It is greedy if our sampler, a token a pass, says just the same
+                   that of all. It is greedy if our sampler, as the flags set it, says just the same
 
 Reading list: lm-evaluation-harness, github.com/EleutherAI/lm-evaluation-harness; the likelihood,
 LLaDA, arXiv 2502.09992, App. B.5; LongBench, arXiv 2308.14508.
@@ -111,7 +111,7 @@ class MemDLM(LM):
         self.written = (None, None)  # the last context that was written, and its memory
 
     def set_cache_hook(self, hook) -> None:
-        """--use_cache: the harness's key is the request alone, so the file must be of one model."""
+        """--use_cache: the harness's key is the request alone, so other models are refused here."""
         adapter = Path(self.args.adapter) if self.args.adapter else None
         write = self.write if self.args.memory else None
         known = vars(self.args) | backbone_files(self.args)
@@ -125,13 +125,16 @@ class MemDLM(LM):
         super().set_cache_hook(hook)
 
     def sampler(self, tokens: int):
-        """The sampler for an answer of this length: a short one takes a pass a token at most."""
-        steps = self.args.steps and min(self.args.steps, tokens)
+        """The sampler for an answer of this length: a pass a block at least, a token at most."""
+        steps = self.args.steps
+        if steps and self.architecture != "llada2":  # whose steps are those of a block
+            blocks = -(-tokens // (self.args.block_length or tokens))
+            steps = min(max(steps, blocks), tokens)
         args = argparse.Namespace(**{**vars(self.args), "steps": steps})
         return sampler_for(args, self.architecture, tokens, self.tokenizer.eos)
 
     def fitting(self, ids: list[int], rest: int) -> Tensor:
-        """The context (1, P), whose beginning is cut off if `rest` tokens more do not fit."""
+        """The context (1, P), cut off at its beginning (--chat: the template's too) to fit."""
         room = self.args.max_length - rest
         if room < 0:
             raise UserError(f"--max-length {self.args.max_length} has no room for {rest} tokens.")
@@ -170,7 +173,7 @@ class MemDLM(LM):
         continuation = context[len(text) :] + continuation  # a blank belongs to the word behind it
         ids = self.tokenizer.encode_prompt(text) if text else []
         whole = ids + encode(continuation) if self.args.chat else encode(text + continuation)
-        border = 0  # a token that reaches across it is part of the answer
+        border = 0  # the context ends where the tokens of both together differ from its own
         while border < len(ids) and ids[border : border + 1] == whole[border : border + 1]:
             border += 1
         target = whole[border:]
@@ -194,7 +197,7 @@ class MemDLM(LM):
         return torch.cat(estimates).mean().item(), greedy
 
     def each(self, kind: str, requests: list[Instance], do: Callable) -> list:
-        """do(*arguments) of each request; what is there already, the harness has not asked for."""
+        """do(*arguments) of each request that --use_cache has no answer to, and keeps each."""
         results = []
         for request in tqdm(requests, desc=kind, disable=self.rank > 0):
             results.append(do(*request.args))
@@ -205,8 +208,8 @@ class MemDLM(LM):
         seen = Counter()
 
         def answer(context: str, options: dict) -> str:
-            seen[context] += 1
-            return self.answer(context, options, seen[context] - 1)
+            seen[request := (context, str(options))] += 1
+            return self.answer(context, options, seen[request] - 1)
 
         return self.each("generate_until", requests, answer)
 

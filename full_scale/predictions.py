@@ -2,9 +2,9 @@
 predictions.py: a long evaluation that may be stopped at any moment and goes on where it was.
 
 Each answer is appended to OUT/predictions.jsonl as soon as it is made, one line for each. When the
-same command starts again, it reads that file and asks only what is missing, in the same order: so
-it ends with the same file. Lines of settings say what the answers depend on; answers that were made
-with other settings are not taken for these, but refused.
+same command starts again, it reads that file and asks only what is missing: it ends with the same
+answers. Lines of settings say what the answers depend on; answers that were made with other
+settings are not taken for these, but refused.
 
 Several processes (torchrun) share the questions. The first writes predictions.jsonl, the others
 each a part of their own, predictions.1.jsonl and so on; in the end the first takes the parts over.
@@ -66,7 +66,7 @@ SETTINGS_KEY = ("method", "task", "seed")
 
 
 class Predictions:
-    """All answers that were given, in memory and in a file. One process at a time may write it."""
+    """All answers that were given, in memory and in a file. Each process writes one of its own."""
 
     def __init__(self, path: Path):
         """Reads what is there, and finds out whether it can be written. A last line that was cut
@@ -86,7 +86,7 @@ class Predictions:
             raise UserError(f"cannot use {self.path}: {error}; choose another --out.") from None
         from_all(None)  # each has found its own file now: the first one's is there
         self.read(path)
-        self.kept = {*self.answers}  # those of predictions.jsonl itself
+        self.joined = {*self.answers}  # those of predictions.jsonl itself
         for part in sorted(path.parent.glob(self.parts)):
             self.read(part)
         from_all(None)  # nobody writes before all have read
@@ -106,7 +106,7 @@ class Predictions:
         for part in sorted(self.path.parent.glob(self.parts)):
             self.read(part)
         for key, answer in self.answers.items():
-            if key not in self.kept:
+            if key not in self.joined:
                 self.append(answer)
         for part in self.path.parent.glob(self.parts):
             part.unlink()
@@ -131,7 +131,7 @@ class Predictions:
             raise UserError(f"cannot write {self.path}: {error}; {advice}.") from None
         self.take(json.loads(line))
         if "settings" not in record:
-            self.kept.add(tuple(record[name] for name in KEY))
+            self.joined.add(tuple(record[name] for name in KEY))
 
     def agree(self, settings: dict[tuple, dict]) -> None:
         """Refuses to go on where there are answers by other settings; notes those that are new.
@@ -190,7 +190,7 @@ def ask_all(readers: list[Reader], cells: list[Cell], open_model, predictions) -
     (rank, world), shares = processes(), {}
     for number, (reader, cell) in enumerate(product(readers, cells)):
         missing = predictions.missing(reader, cell)
-        shares[place(reader, cell)] = missing[(rank + number) % world :: world]  # they take turns
+        shares[place(reader, cell)] = missing[(rank + number) % world :: world]  # odd ones in turn
     own = sum(map(len, shares.values()))
     shown = {"desc": "answers", "delay": 2, "mininterval": 1, "disable": rank > 0}
     with tqdm(total=own, **shown) as bar:

@@ -43,8 +43,8 @@ def processes() -> tuple[int, int]:
 
 @contextmanager
 def together(device: str) -> Iterator[str]:
-    """Everything that several processes do as one. Yields the device of this one; only what the
-    chief prints is seen."""
+    """Joins torchrun's processes, and leaves them in the end. Yields the device of this one; only
+    what the chief prints is seen."""
     device = join_processes(device)
     rank, _ = processes()
     with nullcontext() if rank == 0 else redirect_stdout(io.StringIO()):

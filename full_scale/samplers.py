@@ -1,5 +1,5 @@
 """
-samplers.py: `sample.py --backbone`, and the two ways of decoding that real checkpoints have besides
+samplers.py: `sample.py --backbone`, and three ways of decoding that real checkpoints have besides
 LLaDA's own, which is `plan_blocks` and `generate` of sample.py.
 
 dLLM's MDLMSampler, with which the paper's scores were made, shares the tokens between the steps
@@ -118,7 +118,7 @@ def generate_llada2(
 
 def fill_and_edit(canvas, block, given, logits, mask: int, quota, threshold, edit_threshold):
     """The canvas (1, T) after a pass of LLaDA2.1. block, given (1, T) bool: the block's places, and
-    the prompt's; logits (M, V) of the block's. [MASK] may be the most probable token, too."""
+    the prompt's; logits (M, V) of the block's. [MASK] may be chosen, too."""
     tokens, probability = choose_tokens(logits, 0.0, None, ())
     proposal = canvas.masked_scatter(block, tokens)
     sure = torch.zeros(canvas.shape, device=canvas.device).masked_scatter(block, probability)
@@ -151,7 +151,7 @@ def generate_editing(
     replaces tokens that it committed before, where another is more probable than edit_threshold.
 
     post_steps: passes at most over a block that is full. eos: an answer that holds it ends with
-    its block. The last three are options of `generate` that have no effect here.
+    its block. temperature and cfg_scale must be 0, generator is not used: it is greedy.
     """
     if temperature or cfg_scale or len(prompts) > 1:
         raise UserError("--edit-threshold is greedy and reads one prompt: no --temperature or cfg.")
@@ -192,7 +192,7 @@ def sampler_flags(flag: Callable) -> None:
     flag("--schedule", choices=SCHEDULES, help="whose rounding of steps; without it, llada's")
     edit = "LLaDA2.1: replace a committed token by one more probable than this [0.9]"
     flag("--edit-threshold", type=real(0, 1), help=edit)
-    text = "reuse keys and values within a block: fast, approximate but for LLaDA2 [off]"
+    text = "reuse keys and values within a block: fast; exact for LLaDA2, else approximate [off]"
     flag("--cache", nargs="?", const=VARIANTS[0], choices=VARIANTS, help=text)
 
 

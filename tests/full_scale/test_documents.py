@@ -88,7 +88,7 @@ def test_what_is_missing_is_named(tmp_path):
     ("flags", "named"),
     [
         ("--tasks ruler_qa_1 --lengths 1000", "ruler_qa_1: needs --qa DIR"),
-        ("--tasks ruler_qa_2 --lengths 1000 --qa {}", "is no folder with hotpotqa.json"),
+        ("--tasks ruler_qa_2 --lengths 1000 --qa {}", "is a folder without hotpotqa.json"),
         ("--tasks ruler_vt --qa {}", "--qa is read by ruler_qa_1 and ruler_qa_2 alone"),
     ],
 )
