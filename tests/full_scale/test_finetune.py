@@ -138,7 +138,16 @@ CHANGE = [
     *("--memory-clip 0.001 --memory-clip-by global",),
 ]
 KEEP = "--save-every 1 --eval-every 1 --eval-examples 2 --checkpoint-activations --dtype float32"
-ELSEWHERE = {"--backbone", "--data", "--out", "--device", "--resume", "--epochs", "--help"}
+ELSEWHERE = {
+    "--backbone",
+    "--data",
+    "--out",
+    "--device",
+    "--resume",
+    "--epochs",
+    "--shard",
+    "--help",
+}
 
 
 @pytest.mark.parametrize("flag", CHANGE)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import checkpoints, run_python
+from commands import ROOT, checkpoints, run_python
 from test_processes import LAUNCH
 from test_samplers import adapter_for
 
@@ -44,6 +44,18 @@ LINES = [
     {"question": "Who is it?", "answer": "Mary", "choices": ["Mary", "John, it is"], "label": 0},
     {"question": "Where is she?", "answer": "here", "choices": ["here", "at home"], "label": 1},
 ]
+
+
+# The program without the harness's own 20,000 tasks, which take it ten seconds to read.
+QUICK = f"""
+import sys
+from functools import partialmethod
+sys.path.insert(0, {str(ROOT)!r})
+from lm_eval.tasks import TaskManager
+from full_scale import harness
+TaskManager.__init__ = partialmethod(TaskManager.__init__, include_defaults=False)
+harness.run(sys.argv[1:])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +183,7 @@ def test_a_task_that_samples_gets_answers_that_differ():
     answers = model_with().generate_until(four)
     assert len(set(answers)) == 4
     assert model_with().generate_until(four) == answers
-    greedy = model_with().generate_until(4 * asked("generate_until", "Who?", {"until": "x"}))
+    greedy = model_with().generate_until(4 * asked("generate_until", "Who?", {"max_tokens": 3}))
     assert len(set(greedy)) == 1
 
 
@@ -235,7 +247,8 @@ def test_order_batch_processes_and_stops_change_nothing(tasks, tmp_path, monkeyp
     harness.run(flags_for(tasks, one))
     wanted = said(one)
     assert len({json.dumps(answer) for answers in wanted.values() for answer in answers}) == 4
-    program = [*LAUNCH, 2, "full_scale/harness.py"]
+    (tmp_path / "quick.py").write_text(QUICK)
+    program = [*LAUNCH, 2, tmp_path / "quick.py"]
     done = run_python(*program, *flags_for(tasks, tmp_path / "two", "--batch_size", 4))
     assert done.returncode == 0, done.stderr
     assert said(tmp_path / "two") == wanted

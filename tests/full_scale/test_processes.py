@@ -19,7 +19,7 @@ from toys import answers_of, ask, command
 import memdlm
 
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-ASKED = "--adapter {}/mdlm {}/memdlm --memory --steps 1 --lengths 760 800 --samples 5"
+ASKED = "--adapter {}/mdlm {}/memdlm --memory --steps 1 --lengths 760 800 --samples 3"
 ASKED += " --tasks niah_single_1 babilong_qa6"
 
 
@@ -43,17 +43,17 @@ def test_one_two_and_three_processes_give_equal_results(tmp_path):
     started = {"env": environment, "cwd": ROOT, "start_new_session": True}
     process = subprocess.Popen(program, **started, stderr=subprocess.DEVNULL)
     parts = out / "predictions.jsonl", out / "predictions.1.jsonl"
-    while not all(path.exists() and path.read_bytes().count(b"scores") > 2 for path in parts):
+    while not all(path.exists() and path.read_bytes().count(b"scores") > 1 for path in parts):
         assert process.poll() is None, "it ended before both processes had written something"
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = sum(path.read_bytes().count(b'"scores"') for path in parts)
-    assert before < 40 * 2
+    assert before < 48
     done = asked_together(3, out)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Written to") == 1, "the first process alone prints"
-    assert len(said(out)) == 4 * 4 * 5
+    assert len(said(out)) == 4 * 4 * 3
     assert said(out) == said(one)
     files, wanted = contents(out), contents(one)
     assert files.keys() == wanted.keys()
@@ -69,16 +69,17 @@ def test_parts_of_a_larger_number_of_processes_are_taken_over_by_one(tmp_path):
     settings = [line for line in lines if '"settings"' in line]
     answers = [line for line in lines if line not in settings]
     (out / "predictions.jsonl").write_text("".join(settings + answers[:10]))
-    (out / "predictions.5.jsonl").write_text("".join(answers[10:30]) + answers[30][:40])
+    (out / "predictions.5.jsonl").write_text("".join(answers[10:40]) + answers[40][:40])
     (out / "predictions.2.jsonl").write_text("".join(answers[8:12]))
     ask(out, ASKED)
     assert said(out) == everything
     assert not list(out.glob("predictions.*.jsonl"))
 
 
-# What a process does in the test below before it trains: it says what it holds of the weights.
+# What a process does in the test below before it trains: it notes what it holds of the weights.
 HOLDS = f"""
 import sys
+from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import memdlm
 from full_scale import finetune
@@ -88,7 +89,9 @@ add_outer_lora = finetune.add_outer_lora
 
 def weighed(model, **lora):
     own = sum(p.to_local().numel() for p in model.layers.parameters() if hasattr(p, "to_local"))
-    print("holds", own, "of", sum(p.numel() for p in model.layers.parameters()), file=sys.stderr)
+    whole = sum(p.numel() for p in model.layers.parameters())
+    rank, _ = processes()
+    Path(__file__).with_name(f"held.{{rank}}").write_text(f"{{own}} {{whole}}")
     add_outer_lora(model, **lora)
 
 finetune.add_outer_lora = weighed
@@ -96,12 +99,11 @@ memdlm.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("kind", ["llada", "llada-moe"])
-def test_weights_that_are_spread_train_as_whole_ones(tmp_path, kind):
+def test_weights_that_are_spread_train_as_whole_ones(tmp_path):
     """Two processes, each with half of every layer, give the adapter that one gives with two
     micro-batches; all the losses that are measured are equal, too."""
     toys = checkpoints()
-    flags = ["--backbone", toys[kind], "--data", toys["data"], "--steps", 3, "--batch", 2]
+    flags = ["--backbone", toys["llada-moe"], "--data", toys["data"], "--steps", 3, "--batch", 2]
     flags += ["--lora-rank", 4, "--memory-rank", 4, "--memory-scope", "sample", "--lr", 1e-4]
     flags += ["--device", "cpu", "--eval-every", 2, "--eval-examples", 4]
     one = tmp_path / "one"
@@ -110,7 +112,7 @@ def test_weights_that_are_spread_train_as_whole_ones(tmp_path, kind):
     flags += ["--shard", "--checkpoint-activations"]
     done = run_python(*LAUNCH, 2, tmp_path / "holds.py", *flags, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    held = [line.split()[1::2] for line in done.stderr.splitlines() if line.startswith("holds")]
+    held = [path.read_text().split() for path in tmp_path.glob("held.*")]
     assert len(held) == 2
     for own, whole in held:
         assert 0.45 < int(own) / int(whole) < 0.55
