@@ -18,7 +18,7 @@ neither order nor batch nor a stop changes an answer. Each process needs a docum
                    that of all. It is greedy if our sampler, as the flags set it, says just the same
 
 Reading list: lm-evaluation-harness, github.com/EleutherAI/lm-evaluation-harness; the likelihood,
-LLaDA, arXiv 2502.09992, App. B.5; LongBench, arXiv 2308.14508.
+LLaDA, arXiv 2502.09992; LongBench, arXiv 2308.14508.
 """
 
 import argparse
