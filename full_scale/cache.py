@@ -74,8 +74,8 @@ class CachedLogits:
             seen = attention_mask[:, start:stop, None].to(h.dtype)
         if bias is not None and bias.shape[2] > 1:
             bias = bias[:, :, start:stop]
-        for i in range(len(model.layers)):
-            h = self.layer(model.layers[i], h, start, rotary, bias, seen, fast, f"layers.{i}")
+        for i, layer in enumerate(model.layers):
+            h = self.layer(layer, h, start, rotary, bias, seen, fast, f"layers.{i}")
         return h
 
     def layer(self, layer, h: Tensor, start: int, rotary, bias, seen, fast: Fast | None, name: str):

@@ -58,13 +58,10 @@ SOURCES = {"ruler_qa_1": ("squad.json", squad), "ruler_qa_2": ("hotpotqa.json", 
 def find_qa(folder: Path | None, task: str) -> Path:
     """The file that a task's questions are in."""
     name, _ = SOURCES[task]
-    if folder is None or not (folder / name).is_file():
-        what = (
-            "needs --qa DIR, a folder with"
-            if folder is None
-            else f"--qa {folder} is a folder without"
-        )
-        raise UserError(f"{task}: {what} {name}: see full_scale/README.md.")
+    if folder is None:
+        raise UserError(f"{task}: needs --qa DIR, a folder with {name}: see full_scale/README.md.")
+    if not (folder / name).is_file():
+        raise UserError(f"{task}: --qa {folder} is a folder without {name}.")
     return folder / name
 
 

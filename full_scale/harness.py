@@ -244,9 +244,9 @@ def run(arguments: list[str]) -> None:
     if any(word.partition("=")[0] == "--backbone" for word in arguments):
         parser = build_parser()
         args, rest = parser.parse_known_args(arguments)
-        device, names = args.device, vars(args).keys() - {"device"}
-        known = {name: getattr(args, name) for name in sorted(names)}
-        own = {name: value for name, value in known.items() if value != parser.get_default(name)}
+        device, own = args.device, vars(args)
+        del own["device"]  # which is the harness's flag, too
+        own = {name: value for name, value in own.items() if value != parser.get_default(name)}
         arguments = ["--model", "memdlm", "--model_args", json.dumps(own), *rest]
         arguments += ["--device", pick_device(device)]
     sys.argv[1:] = arguments

@@ -179,9 +179,8 @@ def generate_editing(
         if eos is not None and (answer == eos).any() and not (answer == mask).any():
             break
     rest = max(0, length - answer.shape[1])
-    return torch.nn.functional.pad(answer, (0, rest), value=mask if eos is None else eos)[
-        :, :length
-    ]
+    answer = torch.nn.functional.pad(answer, (0, rest), value=mask if eos is None else eos)
+    return answer[:, :length]
 
 
 # ---- command line ----------------------------------------------------------------------------

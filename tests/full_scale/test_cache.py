@@ -12,7 +12,10 @@ from backbones import MASK, SETTINGS, add_random_lora, random_fast, toy_model
 from commands import checkpoints, refusal
 from test_samplers import ask, prompts_of
 from torch import Tensor
+from toys import ask as evaluate
+from toys import command, predictions
 
+import eval_niah
 import sample
 from full_scale.cache import VARIANTS, CachedLogits, cached
 from full_scale.samplers import generate_editing, generate_llada2
@@ -179,6 +182,25 @@ def test_the_command_takes_a_cache_with_adapter_and_memory(kind):
         assert full == []
         if kind == "llada2":
             assert lines == exact
+
+
+def test_the_command_edits_below_its_threshold():
+    """At 1 nothing is ever replaced: each line has fewer masks and the same tokens. At 0 every
+    token that is not the most probable one any more is. The cache changes nothing of it."""
+    flags = "--length 12 --block-length 4 --threshold 1 --edit-threshold"
+    never, often = (ask(f"{flags} {threshold}", "llada2")[0] for threshold in (1, 0))
+    assert never[-1] != often[-1]
+    assert len(often) > len(never)
+    assert ask(f"{flags} 0 --cache", "llada2")[0] == often
+
+
+def test_an_evaluation_with_a_cache_is_another_one(tmp_path, capsys):
+    """Its answers differ, and are not taken for those of the exact sampler."""
+    flags = "--tasks niah_single_1 --lengths 330 --samples 1 --steps 4"
+    exact, out = evaluate(tmp_path / "exact", flags), evaluate(tmp_path / "out", f"{flags} --cache")
+    assert predictions(exact, "base") != predictions(out, "base")
+    named = refusal(eval_niah.main, command(tmp_path / "out", flags), capsys)
+    assert "with cache 'dual', not None" in named
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,16 @@ def test_what_our_sampler_says_is_greedy(kind):
         pytest.fail("no answer is spelled as it was said: the test shows nothing")
 
 
+@pytest.mark.parametrize(
+    "flags", [{"seed": 5}, {"mc_samples": 5}, {"chat": True}, {"memory": True}, {"load_4bit": True}]
+)
+def test_each_flag_changes_the_estimate(flags):
+    plain, other = model_with(mc_samples=4), model_with(**{"mc_samples": 4, **flags})
+    question = "Who is it?", " Mary went home."
+    assert plain.likelihood(*question)[0] == model_with(mc_samples=4).likelihood(*question)[0]
+    assert plain.likelihood(*question)[0] != other.likelihood(*question)[0]
+
+
 def test_choices_share_the_memory_of_their_context(monkeypatch):
     written, write = [], harness.write_prompt
     monkeypatch.setattr(harness, "write_prompt", lambda *a: written.append(1) or write(*a))
