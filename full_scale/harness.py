@@ -34,11 +34,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+except ModuleNotFoundError as error:
+    print(f"error: {error.name} is missing: pip install lm_eval.", file=sys.stderr)
+    sys.exit(2)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -118,9 +123,7 @@ class MemDLM(LM):
         known = json.dumps(known | reader_settings(Reader("", "", write), adapter), default=str)
         if hook.dbdict is not None:
             if len(hook.dbdict) and hook.dbdict.get("memdlm") != known:
-                raise UserError(
-                    "--use_cache: the file has answers of another model or other flags."
-                )
+                raise UserError("--use_cache has answers of another model or other flags.")
             hook.dbdict["memdlm"] = known
         super().set_cache_hook(hook)
 

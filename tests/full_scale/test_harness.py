@@ -300,3 +300,13 @@ def test_the_harness_names_our_model_by_itself(tasks, tmp_path):
 def test_what_cannot_be_asked_is_one_line(flags, named):
     with pytest.raises(UserError, match=named):
         model_with(**flags)
+
+
+def test_without_the_harness_it_says_so_in_one_line():
+    """As where only the requirements of the core are installed."""
+    program = "import runpy, sys; sys.modules['lm_eval'] = None; "
+    program += "runpy.run_path('full_scale/harness.py', run_name='__main__')"
+    done = run_python("-c", program)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: lm_eval")
+    assert done.stderr.count("\n") == 1
