@@ -1,6 +1,5 @@
 """
-data.py: the tiny tokenizer, four small reading tasks in plain English, their batches, and what the
-command lines of the programs share.
+data.py: the tiny tokenizer, four small reading tasks in plain English, and their batches.
 
 An example is a haystack of sentences, a question about a few of them (the needles), and an answer:
 
@@ -24,22 +23,14 @@ Glossary
   facts          (n, F, W) ids: F sentences of W tokens for each of n examples
 """
 
-import argparse
-import importlib
-import os
 import re
-import sys
 import zlib
-from collections.abc import Callable, Iterable
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 import torch
 from torch import Tensor
-
-from model import UserError
 
 # ---- the tiny tokenizer: 256 bytes, a closed list of words, two special tokens ---------------
 
@@ -323,96 +314,3 @@ def pretraining_batch(
     if rng.random() < whole:
         maskable = np.ones_like(maskable)
     return Batch(torch.from_numpy(x0).to(device), torch.from_numpy(maskable).to(device), None)
-
-
-# ---- command lines: what the three programs share -------------------------------------------
-
-DEVICES = ("auto", "cpu", "cuda", "mps")
-
-
-def number(kind: Callable, low: float, high: float = 1e18) -> Callable[[str], float]:
-    """argparse type: a number in a range, a whole one (kind int) or a real one (float)."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high or 0 < abs(value) < 1e-30:  # that would vanish in float32
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return value
-
-    parse.__name__ = "number"  # as argparse calls it in an error
-    return parse
-
-
-whole, real = partial(number, int), partial(number, float)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one line for an error, defaults in its help, and no abbreviated flags."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False)
-
-    def add_argument(self, *names, help="", **options):
-        if options.get("default") not in (None, argparse.SUPPRESS):
-            help += " (default: %(default)s)"
-        return super().add_argument(*names, help=help, **options)
-
-    def error(self, message: str):
-        raise UserError(f"{message}. --help lists the flags.")
-
-    def refuse(self, args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
-        """Stops if one of these flags was given: it would have no effect."""
-        for name in names:
-            if getattr(args, name) != self.get_default(name):
-                raise UserError(f"--{name.replace('_', '-')} {reason}.")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether there was no room. A CPU's allocator raises a RuntimeError like any other."""
-    signs = "out of memory|n't allocate memory|not enough memory|calculation overflow|is too big"
-    return isinstance(error, MemoryError) or re.search(signs, str(error)) is not None
-
-
-def guarded(run: Callable[[], None]) -> None:
-    """Runs a program: what the user can mend becomes one line on stderr, and exit code 2."""
-    try:
-        return run()
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as error:
-        line = str(error)
-    except KeyboardInterrupt:
-        print("interrupted; what was saved is kept.", file=sys.stderr)
-        sys.exit(130)
-    except (RuntimeError, MemoryError, ValueError) as error:
-        if not out_of_memory(error):
-            raise
-        reason = str(error).partition("\n")[0]
-        line = f"out of memory ({reason}): lower the batch, the length or the rank."
-    print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
-
-
-def start(run: Callable[[list[str]], None], namesake: str, arguments: list[str] | None) -> None:
-    """What each main() does: run, or with --backbone hand over to `namesake` in full_scale/."""
-    arguments = sys.argv[1:] if arguments is None else [*map(str, arguments)]
-
-    def hand_over() -> None:
-        try:
-            module = importlib.import_module(f"full_scale.{namesake}")
-        except ModuleNotFoundError as error:
-            advice = "pip install -r full_scale/requirements.txt"
-            raise UserError(f"--backbone needs {error.name}: {advice}.") from None
-        module.run(arguments)
-
-    real_one = any(argument.partition("=")[0] == "--backbone" for argument in arguments)
-    guarded(hand_over if real_one else lambda: run(arguments))
-
-
-def pick_device(name: str) -> str:
-    """--device: "auto" takes the first of cuda, mps and cpu that is there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    there["cpu"] = True
-    if not there.get(name, name == "auto"):
-        raise UserError(f"--device {name} is not available here; leave --device out.")
-    return next(device for device in there if there[device]) if name == "auto" else name

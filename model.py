@@ -23,19 +23,13 @@ Fast weights are an argument of the forward pass (`fast=None` is the plain model
 parameters: to forget them, drop them.
 """
 
-import json
 import math
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
@@ -73,24 +67,18 @@ class Fast(NamedTuple):
     # "layers.2.mlp.gate" -> A (N, r, in), B (N, out, r); X experts: (N, X, r, in), (N, X, out, r)
     weights: dict[str, tuple[Tensor, Tensor]]
     scale: float  # alpha / r; an adapted matrix computes W x + scale * B A x
-    fixed: bool = False  # whether A stays as it is: in a full-rank memory it is the identity
 
     def sets(self) -> int:
         """N, the number of sets."""
         return len(next(iter(self.weights.values()))[1])
 
     def tensors(self) -> list[Tensor]:
-        """What the inner loop moves: A, B, A, B, ... of all matrices, or B, B, ... alone."""
-        pairs = self.weights.values()
-        return [part for A, B in pairs for part in ((B,) if self.fixed else (A, B))]
+        """A, B, A, B, ... of all matrices: what the inner loop moves."""
+        return [part for pair in self.weights.values() for part in pair]
 
     def with_tensors(self, tensors: list[Tensor]) -> "Fast":
         """The same memory with other numbers, in the order of `tensors`."""
-        pairs = zip(tensors[::2], tensors[1::2])
-        if self.fixed:
-            kept = (A[:1] for A, _ in self.weights.values())
-            pairs = ((A.expand(len(B), *A.shape[1:]), B) for A, B in zip(kept, tensors))
-        return self._replace(weights=dict(zip(self.weights, pairs)))
+        return self._replace(weights=dict(zip(self.weights, zip(tensors[::2], tensors[1::2]))))
 
 
 def fresh_lora(shape: tuple, rank: int, dtype: torch.dtype, generator=None) -> tuple:
@@ -349,100 +337,3 @@ def init_weights(model: Transformer, generator: torch.Generator) -> Transformer:
         attention = layer.attention
         attention.k.weight.copy_(attention.q.weight[: len(attention.k.weight)])
     return model
-
-
-# ---- files: safetensors and JSON -------------------------------------------------------------
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Yields a path to write to, renamed to `path` at the end: no broken file has that name."""
-    aside = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        if aside.exists():
-            aside.unlink()  # it may be what has filled the disk
-        raise UserError(f"cannot write {path}: {error}; choose another --out.") from None
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file."""
-    with written_aside(path) as aside:
-        save_file(tensors, aside, metadata)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file and its metadata. Nothing is unpickled."""
-    if not path.exists():
-        raise UserError(f"there is no file {path}.")
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}. Delete it to make it again.") from None
-
-
-def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
-    """Tensors, and `meta` as JSON in the header of the file."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_tensors(path, tensors, {"json": json.dumps(meta)})
-
-
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """What `save_checkpoint` has written."""
-    tensors, metadata = read_tensors(path)
-    try:
-        meta = json.loads(metadata["json"])
-        meta["step"], meta["config"], meta["identity"]  # they are there
-    except (KeyError, ValueError, TypeError):
-        advice = "delete it to train that part again"
-        raise UserError(f"{path} is no checkpoint of this program: {advice}.") from None
-    return tensors, meta
-
-
-def load_weights(model: Transformer, tensors: dict[str, Tensor], path: Path) -> None:
-    """Loads the tensors named "model.*". A missing or a surplus one is a UserError."""
-    start = "model."
-    weights = {name: t for name, t in tensors.items() if name.startswith(start)}
-    try:
-        model.load_state_dict({name.removeprefix(start): t for name, t in weights.items()})
-    except RuntimeError as error:
-        last = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path} does not fit the model: {last}") from None
-
-
-def load_model(path: Path, device: str = "cpu") -> tuple[Transformer, dict]:
-    """The model of a finished `--tiny` checkpoint, in eval mode, and the checkpoint's meta."""
-    tensors, meta = load_checkpoint(path)
-    if not meta.get("done"):
-        raise UserError(f"{path} is not finished: its training was stopped. Add --resume to go on.")
-    model = Transformer(Config(**meta["config"]))
-    load_weights(model, tensors, path)
-    return model.to(device).eval(), meta
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file."""
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes a JSON file."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object, or an error that names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.name} is missing in {path.parent}: is that the folder?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"cannot read {path}: it must hold a JSON object.")
-    return value

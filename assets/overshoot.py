@@ -19,21 +19,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import data
-import eval_niah
 import memdlm
+from lab import pictures, report, tools, training, variants
 
 RATES = (0.1, 0.25, 0.5, 0.7, 1.0, 1.4, 2.0)
 
 
 def measure(run: Path, name: str) -> list[dict]:
     """One record for each seed and step size."""
-    config, records = memdlm.read_config(run), []
+    config, records = tools.read_config(run), []
     for seed in range(config["seed"], config["seed"] + min(3, config["seeds"])):
-        model, _ = memdlm.open_run(run, seed, 0, name, "cpu")
-        batches = [data.collate(memdlm.tiny_pairs(config, seed, 0, config["noise"]))]
+        model, _ = training.open_run(run, seed, 0, name, "cpu")
+        batches = [data.collate(training.tiny_pairs(config, seed, 0, config["noise"]))]
         for rate in RATES:
-            memory = replace(memdlm.memory_of(config), lr=rate)
-            losses = memdlm.measure_losses(model, batches, batches, memory, seed)
+            memory = replace(variants.memory_of(config), lr=rate)
+            losses = training.measure_losses(model, batches, batches, memory, seed)
             records.append({"rate": rate, **losses})
     return records
 
@@ -55,15 +55,14 @@ def row_losses(model, batch, anchor, stages, phi_0, memory) -> list:
 @torch.no_grad()
 def show_worst_row(run: Path) -> None:
     """One row, whose loss the second stage raises most at step size 1, at several step sizes."""
-    config, rows = memdlm.read_config(run), {}
+    config, rows = tools.read_config(run), {}
     for rate in (1.0, 0.25, 0.5, 2.0):
-        memory, worst = replace(memdlm.memory_of(config), lr=rate), []
+        memory, worst = replace(variants.memory_of(config), lr=rate), []
         for seed in range(config["seed"], config["seed"] + min(3, config["seeds"])):
-            model, _ = memdlm.open_run(run, seed, 0, "memdlm", "cpu")
-            batch = data.collate(memdlm.tiny_pairs(config, seed, 0, config["noise"]))
-            [anchor], draws = memdlm.even_anchors([batch], seed), memdlm.generator_for(seed)
+            model, _ = training.open_run(run, seed, 0, "memdlm", "cpu")
+            batch = data.collate(training.tiny_pairs(config, seed, 0, config["noise"]))
+            [anchor], draws = training.even_anchors([batch], seed), memdlm.generator_for(seed)
             stages = memdlm.make_stages(anchor, batch.maskable, memory, draws)
-            stages = memdlm.with_prefixes(model, batch, stages, memory)
             phi_0 = memdlm.init_fast(model, memory, len(batch.x0), draws)
             losses = row_losses(model, batch, anchor, stages, phi_0, memory)
             i = rows.setdefault(seed, int((losses[2] - losses[1]).argmax()))
@@ -84,19 +83,19 @@ def show(arguments: argparse.Namespace) -> None:
         for name, dashes in (("base", ":"), ("memdlm", "-")):
             records = measure(run, name)
             for lines, key in zip(panels, ("overshoot", "train_with_memory")):
-                found = [eval_niah.matching(records, rate=rate) for rate in RATES]
-                values = [eval_niah.mean_of(part, key) for part in found]
+                found = [report.matching(records, rate=rate) for rate in RATES]
+                values = [report.mean_of(part, key) for part in found]
                 print(f"{run} {name} {key}:", *(f"{value:.3f}" for value in values))
                 style = {"marker": "o", "linestyle": dashes, "color": f"C{len(lines) // 2}"}
                 lines.append((RATES, values, style, f"{run}, {name}"))
     share = {"xlabel": "step size of the inner loop", "ylabel": "share of memories that overshoot"}
     loss = {"xlabel": "step size of the inner loop", "ylabel": "loss that the outer step sees"}
     panels = [{"lines": panels[0], **share}, {"lines": panels[1], **loss, "yscale": "log"}]
-    eval_niah.draw_panels(panels, Path(arguments.out))
+    pictures.draw_panels(panels, Path(arguments.out))
 
 
 if __name__ == "__main__":
-    parser = data.Parser("Draws for which step sizes the inner loop is stable.")
+    parser = tools.Parser("Draws for which step sizes the inner loop is stable.")
     parser.add_argument("runs", nargs="+", help="folders of finished --tiny runs")
     parser.add_argument("--out", default="assets/overshoot.png", help="the picture")
-    data.guarded(lambda: show(parser.parse_args()))
+    tools.guarded(lambda: show(parser.parse_args()))

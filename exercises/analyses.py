@@ -30,12 +30,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from tqdm import tqdm
 
-import eval_niah
 import memdlm
 import sample
-from data import TASKS, Parser, collate, guarded, whole
+from data import TASKS, collate
 from exercises.methods import exact_method, pretraining_with_memory
-from model import UserError, read_json, write_json, write_text
+from lab import evaluate, pictures, report, tiny, tools, training, variants
+from lab.tools import Parser, guarded, read_json, whole, write_json, write_text
+from model import UserError
 
 FIGURES = read_json(Path(__file__).with_name("figures.json"))
 VARIANTS = {name: one for figure in FIGURES.values() for name, one in figure["variants"].items()}
@@ -47,11 +48,11 @@ TIMES = (1, 4)  # lengths that are scored, in lengths of the base
 def score(model, config: dict, seed: int, draw: int, how: sample.Write | None) -> dict:
     """{"1x": mean score over the tasks, "4x": ...}, as `--tiny` scores; with `how`, after each
     prompt was written."""
-    usual = eval_niah.build_parser().get_default
+    usual = evaluate.build_parser().get_default
     asked = Namespace(samples=usual("samples"), threshold=usual("threshold"), how=how)
     asked.steps, asked.block_length, asked.wording, scores = None, None, config["wording"], {}
     for times in TIMES:
-        one = partial(eval_niah.score_cell, model, how is not None, length=times * config["length"])
+        one = partial(evaluate.score_cell, model, how is not None, length=times * config["length"])
         cells = [one(task=task, seed=seed, draw=draw, args=asked)["score"] for task in TASKS]
         scores[f"{times}x"] = sum(cells) / len(cells)
     return scores
@@ -60,23 +61,23 @@ def score(model, config: dict, seed: int, draw: int, how: sample.Write | None) -
 def fine_tuned(run: Path, config: dict, variant: dict, seed: int, draw: int, folder: Path) -> tuple:
     """The model of a variant, and the log of its training."""
     exact = variant.get("method") == "exact"
-    memdlm.METHODS["memdlm"] = exact_method if exact else memdlm.memory_method
-    args = Namespace(**config | variant.get("change", {}), save_every=50)
-    model, _ = memdlm.open_run(run, seed, draw, "base", "cpu")
-    memdlm.fine_tune(args, model, "memdlm", seed, draw, folder, "cpu")
-    model, meta = memdlm.load_model(folder / "memdlm.safetensors")
+    training.METHODS["memdlm"] = exact_method if exact else memdlm.memory_method
+    changed = config | variant.get("change", {})
+    model, _ = training.open_run(run, seed, draw, "base", "cpu")
+    training.fine_tune(changed, model, "memdlm", seed, draw, folder, "cpu", saving=50)
+    model, meta = tools.load_model(folder / "memdlm.safetensors")
     return model, meta["log"]
 
 
 def pretrained(config: dict, seed: int, folder: Path) -> tuple:
     """A base that has met a memory from its first step on, and its losses on the fine-tuning set,
     measured as those of the run's base."""
-    own = memdlm.memory_of(config)
-    memdlm.METHODS["base"] = partial(pretraining_with_memory, own)
-    model = memdlm.pretrain(Namespace(**config, bases=None, save_every=50), seed, folder, "cpu")
+    own = variants.memory_of(config)
+    training.METHODS["base"] = partial(pretraining_with_memory, own)
+    model = training.pretrain(config, seed, folder, "cpu", saving=50)
     drawn = ((0, config["noise"]), (None, 0.0))
-    sets = [[collate(memdlm.tiny_pairs(config, seed, *which))] for which in drawn]
-    return model.eval(), [memdlm.measure_losses(model, *sets, own, seed, repeats=4)]
+    sets = [[collate(training.tiny_pairs(config, seed, *which))] for which in drawn]
+    return model.eval(), [training.measure_losses(model, *sets, own, seed, repeats=4)]
 
 
 def measure(run: Path, out: Path, job: tuple[str, int, int]) -> dict:
@@ -88,7 +89,7 @@ def measure(run: Path, out: Path, job: tuple[str, int, int]) -> dict:
     if (folder / "record.json").exists():
         return read_json(folder / "record.json")
     torch.set_num_threads(1)
-    config, how = memdlm.read_config(run), None
+    config, how = tools.read_config(run), None
     with redirect_stderr(io.StringIO()):  # no bar of its own: several jobs run at once
         if variant.get("method") == "step0":
             model, log = pretrained(config, seed, folder)
@@ -96,16 +97,16 @@ def measure(run: Path, out: Path, job: tuple[str, int, int]) -> dict:
             model, log = fine_tuned(run, config, variant, seed, draw, folder)
         else:  # a model of the run; what its base has learnt, Standard MDLM's log says at step 0
             own = "memdlm" if variant else name
-            model, meta = memdlm.open_run(run, seed, draw, own, "cpu")
+            model, meta = training.open_run(run, seed, draw, own, "cpu")
             log = meta["log"]
             if name == "base":
-                log = memdlm.open_run(run, seed, draw, "mdlm", "cpu")[1]["log"][:1]
+                log = training.open_run(run, seed, draw, "mdlm", "cpu")[1]["log"][:1]
     if "anchor_ratio" in variant:  # the paper's step size and its one pass
-        memory = replace(memdlm.memory_of(config), lr=0.1)
-        how = sample.Write("paper", memory, 1, variant["anchor_ratio"], config["length"])
+        memory = replace(variants.memory_of(config), lr=0.1)
+        how = sample.Write(memory, variant["anchor_ratio"])
     record = {"variant": name, "seed": seed, "draw": draw}
-    record |= {"with_memory": log[-1][memdlm.LOSSES[0]]}
-    record |= {"learnt": log[-1][memdlm.LOSSES[1]], "kept": score(model, config, seed, draw, how)}
+    record |= {"with_memory": log[-1][training.LOSSES[0]]}
+    record |= {"learnt": log[-1][training.LOSSES[1]], "kept": score(model, config, seed, draw, how)}
     write_json(folder / "record.json", record)
     return record
 
@@ -118,11 +119,11 @@ class Line(NamedTuple):
 
     name: str
     paper: float  # the paper's score minus that of its default; nan: none is known
-    numbers: dict[str, tuple[float, float]]  # column -> mean and half-width over units
+    numbers: dict[str, list[float]]  # column -> its values, one a unit
 
     def sign(self) -> int:
         """Whether it is better (1) or worse (-1) than the default by more than its interval."""
-        mean, half = self.numbers["4x minus default"]
+        mean, half = report.t_interval(self.numbers["4x minus default"])
         return 0 if abs(mean) <= half else int(math.copysign(1, mean))
 
 
@@ -147,10 +148,10 @@ def line_of(name: str, paper: float, records: dict, default: str, controls: list
     for unit, one in ours.items():
         known = [records[control][unit] for control in controls]
         points = [(two["learnt"], two["kept"]["4x"]) for two in known if two["learnt"] is not None]
-        standard.append(eval_niah.at_equal(points, one["learnt"]))
+        standard.append(report.at_equal(points, one["learnt"]))
     gains = [b - a for a, b in zip(standard, columns["4x"])]
     columns["4x minus Standard MDLM at equal learnt loss"] = gains
-    return Line(name, paper, {key: eval_niah.t_interval(values) for key, values in columns.items()})
+    return Line(name, paper, columns)
 
 
 def verdict(lines: list[Line]) -> str:
@@ -168,34 +169,33 @@ def verdict(lines: list[Line]) -> str:
 
 def table(title: str, lines: list[Line], units: list[tuple[int, int]]) -> str:
     """A figure's table in markdown, and its verdict."""
-    rows = ["| variant | paper | " + " | ".join(lines[0].numbers) + " |", "|---" * 8 + "|"]
+    rows = []
     for line in lines:
         cells = [line.name, "-" if math.isnan(line.paper) else f"{line.paper:+.3f}"]
-        for key, (mean, half) in line.numbers.items():
-            text, interval = f"{mean:.3f}", f" ± {half:.3f}"
-            if "minus" in key:
-                text, interval = f"{mean:+.3f}", f" [{mean - half:.3f}, {mean + half:.3f}]"
-            cells.append(text + (interval if math.isfinite(half) else ""))
-        rows.append("| " + " | ".join(cells) + " |")
+        for key, values in line.numbers.items():
+            text = report.difference_text if "minus" in key else report.interval_text
+            cells.append(text(values))
+        rows.append(cells)
+    found = report.markdown(["variant", "paper", *lines[0].numbers], rows)
     seeds = sorted({seed for seed, _ in units})
     told = f"n = {len(units)} fine-tuning sets, of seeds {', '.join(map(str, seeds))}."
     if len(units) > len(seeds):
         told += " Sets of one base are not independent, so that these intervals are too narrow."
-    return "\n".join([f"## {title}", "", *rows, "", f"{verdict(lines[1:])} {told}", ""])
+    return "\n".join([f"## {title}", "", found, "", f"{verdict(lines[1:])} {told}", ""])
 
 
 def draw(title: str, lines: list[Line], path: Path) -> None:
     """The paper's differences from its default, where it has any, and beside them ours with their
     intervals, on one scale."""
-    means, halves = zip(*(line.numbers["4x minus default"] for line in lines))
-    halves, paper = [eval_niah.finite(half) or 0 for half in halves], [one.paper for one in lines]
+    means, halves = zip(*(report.t_interval(line.numbers["4x minus default"]) for line in lines))
+    halves, paper = [tools.finite(half) or 0 for half in halves], [one.paper for one in lines]
     panels = {"ours (4x): score minus the default's": (means, halves, "tab:blue")}
     if not any(map(math.isnan, paper)):
         panels = {
             "paper (BABILong-1K): score minus the default's": (paper, [0] * len(lines), "tab:gray")
         } | panels
     reach = 1.1 * max(abs(x) + half for xs, wide, _ in panels.values() for x, half in zip(xs, wide))
-    figure, [axes] = eval_niah.new_figure(
+    figure, [axes] = pictures.new_figure(
         1, len(panels), 1.5 + 4 * len(panels), 1.5 + 0.4 * len(lines)
     )
     for axis, (whose, (xs, wide, colour)) in zip(axes, panels.items()):
@@ -207,10 +207,10 @@ def draw(title: str, lines: list[Line], path: Path) -> None:
         axis.set_yticks(range(len(lines)), names)
         axis.set_ylim(len(lines) - 0.5, -0.5)
     figure.suptitle(title.replace(" (", "\n("), fontsize=10)
-    eval_niah.save_picture(figure, path)
+    pictures.save_picture(figure, path)
 
 
-def report(name: str, records: dict, controls: list[str], out: Path) -> str:
+def figure_text(name: str, records: dict, controls: list[str], out: Path) -> str:
     """Draws a figure, and returns its table."""
     figure, base = FIGURES[name], FIGURES[name].get("default", "memdlm")
     units = list(records[next(iter(figure["variants"]))])
@@ -234,7 +234,7 @@ def report(name: str, records: dict, controls: list[str], out: Path) -> str:
 
 def check_variants() -> None:
     """Refuses a line of figures.json that would change nothing."""
-    settings = vars(memdlm.build_parser().parse_args(["--tiny"]))
+    settings = vars(tiny.build_parser().parse_args(["--tiny"]))
     for name, one in VARIANTS.items():
         for key in one.get("change", {}).keys() - settings.keys():
             raise UserError(f"figures.json: {name} changes {key}, which is no setting.")
@@ -242,10 +242,10 @@ def check_variants() -> None:
 
 def open_folders(run: Path, out: Path) -> dict:
     """The settings of a run, if it is one that can be analysed and OUT is not another one's."""
-    config, path = memdlm.read_config(run), out / "config.json"
+    config, path = tools.read_config(run), out / "config.json"
     if config.get("student"):
         raise UserError(f"{run} was trained by {config['student']}: take a run of this code.")
-    memdlm.open_run(run, config["seed"], 0, "memdlm", "cpu")  # it is finished
+    training.open_run(run, config["seed"], 0, "memdlm", "cpu")  # it is finished
     if path.exists() and read_json(path) != {"run": config}:
         raise UserError(f"{out} has the analyses of another run: name another folder.")
     write_json(path, {"run": config})
@@ -272,10 +272,10 @@ def run(arguments: list[str]) -> None:
     flag("--processes", type=whole(1), default=multiprocessing.cpu_count(), help="jobs at once")
     args = parser.parse_args(arguments)
     every = [name for name in FIGURES if name != "step0"] if "all" in args.names else []
-    names = eval_niah.distinct_values([*every, *(name for name in args.names if name != "all")])
+    names = list(dict.fromkeys([*every, *(name for name in args.names if name != "all")]))
     check_variants()
     config = open_folders(args.run, args.out)
-    controls = ["base", *(arm for arm in memdlm.arms(config) if arm != "memdlm")]
+    controls = ["base", *(arm for arm in training.arms(config) if arm != "memdlm")]
     wanted = [*controls, "memdlm", *(v for name in names for v in FIGURES[name]["variants"])]
     jobs = jobs_of(config, args.draws, wanted)
     ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
@@ -285,7 +285,7 @@ def run(arguments: list[str]) -> None:
     records: dict = {name: {} for name in wanted}
     for one in sorted(measured, key=lambda one: (one["seed"], one["draw"])):
         records[one["variant"]][one["seed"], one["draw"]] = one
-    print("\n".join(report(name, records, controls, args.out) for name in names))
+    print("\n".join(figure_text(name, records, controls, args.out) for name in names))
 
 
 if __name__ == "__main__":

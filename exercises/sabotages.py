@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import Parser, guarded
+from lab.tools import Parser, guarded
 from model import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ SABOTAGES = {
     "weight_missing": Sabotage(
         "the loss of Eq. 2 without its weight 1/t",
         "memdlm.py",
-        [("    weight = 1 / (anchor.t + 1e-6)\n", "    weight = torch.ones_like(anchor.t)\n")],
+        [("    weight = 1 / (anchor.t + 1e-6)", "    weight = torch.ones_like(anchor.t)")],
         "tests/test_memory.py::test_the_loss_is_eq_2",
         "the weight w(t) = 1/t is missing",
     ),
@@ -54,11 +54,10 @@ SABOTAGES = {
                 "    return memdlm_loss(",
                 "    fast = KEPT[0] or init_fast(model, memory, memory.sets(len(batch.x0)), "
                 "generator)\n"
-                "    ready = with_prefixes(model, batch, stages, memory)\n"
-                "    KEPT[0] = inner_loop(model, batch, ready, fast, memory)[0]\n"
+                "    KEPT[0] = inner_loop(model, batch, stages, fast, memory)[0]\n"
                 "    return memdlm_loss(",
             ),
-            ("METHODS = {", "KEPT = [None]\nMETHODS = {"),
+            ("\n\ndef memory_method(", "\n\nKEPT = [None]\n\n\ndef memory_method("),
         ],
         "tests/test_outer.py::test_each_batch_starts_from_an_empty_memory",
         "Is phi carried over from the last batch",
@@ -68,9 +67,9 @@ SABOTAGES = {
         "eval_niah.py",
         [
             (
-                "            fast = sample.write_prompt(model, prompts, args.how, seed, numbers)\n",
+                "            fast = sample.write_prompt(model, prompts, write, seed, numbers)\n",
                 "            whole = torch.tensor([one.prompt + one.response for one in part])\n"
-                "            fast = sample.write_prompt(model, whole, args.how, seed, numbers)\n",
+                "            fast = sample.write_prompt(model, whole, write, seed, numbers)\n",
             )
         ],
         "tests/test_runs.py::test_no_evaluation_sees_the_answers",
@@ -93,7 +92,15 @@ SABOTAGES = {
     "clipped_together": Sabotage(
         "the inner gradients are clipped by the norm of all tensors",
         "memdlm.py",
-        [("CLIPS[memory.clip_by](grads)", "global_norm(grads)")],
+        [
+            ("zip(leaves, grads, (memory.norms or each_norm)(grads))", "zip(leaves, grads, norms)"),
+            (
+                "    for part, grad, norm in zip(leaves",
+                "    total = sum(grad.flatten(1).square().sum(1) for grad in grads).sqrt()\n"
+                "    norms = [total.view(-1, *[1] * (grad.dim() - 1)) for grad in grads]\n"
+                "    for part, grad, norm in zip(leaves",
+            ),
+        ],
         "tests/test_memory.py::test_each_tensor_of_each_set_is_clipped_alone",
         "all tensors are clipped together",
     ),
@@ -106,9 +113,12 @@ SABOTAGES = {
                 "torch.autograd.grad(loss.sum(), leaves)",
                 "torch.autograd.grad(loss.sum(), leaves, create_graph=True)",
             ),
-            (" * scale * grad, parameter).detach()", " * scale * grad, parameter)"),
-            ("@torch.no_grad()\ndef with_prefixes", "def with_prefixes"),
-            ("stage._replace(h=h.detach())", "stage._replace(h=h)"),
+            (" * scale * grad, part).detach()", " * scale * grad, part)"),
+            (
+                "    with torch.no_grad():  # the layers",
+                "    with torch.enable_grad():  # the layers",
+            ),
+            ("s._replace(h=h.detach())", "s._replace(h=h)"),
         ],
         "tests/test_outer.py::test_the_outer_gradient_is_first_order",
         "it goes through the inner loop",
@@ -131,14 +141,15 @@ SABOTAGES = {
 
 
 def copy_project(out: Path) -> None:
-    """The five files and their tests, without exercises/ and full_scale/."""
+    """The five files, lab/ and their tests, without exercises/ and full_scale/."""
     if ROOT in [out.resolve(), *out.resolve().parents]:
         raise UserError(f"--out {out} lies in the project itself: name a folder outside.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is no empty folder: name another one.")
     ignored = shutil.ignore_patterns("__pycache__", "full_scale", "exercises")
     shutil.copytree(ROOT / "tests", out / "tests", ignore=ignored, dirs_exist_ok=True)
-    shutil.copytree(ROOT / "assets", out / "assets", dirs_exist_ok=True)
+    for folder in ("lab", "assets"):
+        shutil.copytree(ROOT / folder, out / folder, ignore=ignored, dirs_exist_ok=True)
     names = ("pyproject.toml", "requirements.txt", "README.md")
     for path in (*ROOT.glob("*.py"), *(ROOT / name for name in names)):
         shutil.copy(path, out / path.name)

@@ -44,7 +44,6 @@ def denoising_loss(
     h: Tensor,
     start: int = 0,
     fast: Fast | None = None,
-    norm: str = "token",
 ) -> Tensor:
     """h (B, T, D), what layer `start` reads on x_t -> the loss of Eq. 2, a scalar."""
     raise NotImplementedError
@@ -101,7 +100,6 @@ def memdlm_loss(
     stages: list[Stage],
     fast: Fast,
     memory: Memory,
-    norm: str = "token",
 ) -> tuple[Tensor, Tensor]:
     """stages (without h) and phi_0 -> the outer loss, a scalar, and the inner losses (K, N)."""
     raise NotImplementedError

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from full_scale.checkpoints import linear_layers, published_name
 from full_scale.configs import Settings
-from model import Linear, Transformer, UserError, read_json, read_tensors, save_tensors, write_json
+from lab.tools import read_json, read_tensors, save_tensors, write_json
+from model import Linear, Transformer, UserError
 
 # What adapter_config.json may say of a plain LoRA, W x + (alpha / r) B A x. These settings are read
 # below, or tell how it was made ...

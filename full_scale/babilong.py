@@ -38,7 +38,8 @@ from typing import NamedTuple
 
 from full_scale.drafts import Draft, Style, shuffled
 from full_scale.pairs import read_text
-from model import UserError, read_json
+from lab.tools import read_json
+from model import UserError
 
 WORDS = read_json(Path(__file__).with_name("babilong.json"))
 

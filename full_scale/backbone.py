@@ -9,7 +9,6 @@ adapter was trained for.
 import argparse
 import importlib.util
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,14 +19,15 @@ from full_scale.checkpoints import count, find_checkpoint, linear_layers, load_l
 from full_scale.configs import BACKBONES, llada_config
 from full_scale.experts import Linear4bit
 from full_scale.tokenizer import Tokenizer, load_tokenizer
-from memdlm import Memory
-from model import Linear, Transformer, UserError, read_json, write_json
+from lab.tools import read_json, write_json
+from lab.variants import paper_settings
+from model import Linear, Transformer, UserError
+from sample import Write
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # The paper's inner loop (Sec. 4.1) as a run's settings have it: memory_rank, ..., and start_scale.
-PAPER = {f"memory_{name}": value for name, value in asdict(Memory()).items()}
-PAPER["start_scale"] = PAPER.pop("memory_start_scale")
+PAPER = paper_settings()
 
 
 def backbone_flags(flag: Callable) -> None:
@@ -99,6 +99,17 @@ def add_adapter(model: Transformer, adapter: str | None) -> Transformer:
         adapted = count(layers[name] for name in load_adapter(model, Path(adapter)))
         print(f"LoRA on {adapted} of {count(layers.values())} linear layers, from {adapter}")
     return model.eval()
+
+
+def write_settings(
+    write: Write, config: dict, rule="paper", passes=1, ratio=0.2, window=96
+) -> dict:
+    """How a prompt is written, by names and numbers: the memory of `config`, a training's settings,
+    and what of it `write` has changed. The names are those of predictions.jsonl from the start."""
+    found = {name.removeprefix("memory_"): config[name] for name in PAPER}
+    found |= {name: getattr(write.memory, name) for name in ("rank", "alpha", "lr")}
+    found |= {"rule": rule, "passes": passes, "anchor_ratio": ratio, "window": window}
+    return found | {"share": 0.3}  # of our rule, which no flag changes
 
 
 def note_training(adapter: Path, settings: dict) -> None:

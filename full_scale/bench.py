@@ -26,20 +26,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import Batch, Parser, guarded, out_of_memory, pick_device, real, whole
+from data import Batch
 from full_scale import experts
 from full_scale.cache import cached
 from full_scale.checkpoints import add_outer_lora, random_llada
 from full_scale.configs import BackboneConfig
 from full_scale.finetune import checkpoint_activations
-from memdlm import METHODS, Memory, generator_for, machine
-from model import Transformer, UserError, read_json, write_json, write_text
+from lab import tools
+from lab.tools import Parser, guarded, real, whole
+from lab.training import METHODS
+from memdlm import Memory, generator_for
+from model import Transformer, UserError
 from sample import Block, Write, generate, plan_blocks, write_prompt
 
 MIXTURE = {"moe_layers": tuple(range(4)), "experts": 8, "experts_per_token": 2, "expert_ffn": 64}
 SIZES = {"hidden": 128, "layers": 4, "heads": 4, "kv_heads": 4, "head_dim": 32, "qk_norm": True}
 SMALL = BackboneConfig(8192, 8191, architecture="llada-moe", **SIZES, **MIXTURE)
-DEVICE = pick_device("auto")
+DEVICE = tools.pick_device("auto")
 CUDA = DEVICE == "cuda"
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 MODELS = {"llada-moe": "llada-moe", "llada-8b": "llada-8b"} if CUDA else {"small": SMALL}
@@ -189,7 +192,7 @@ def measured(todo: Callable[[], dict]) -> dict:
     try:
         record = todo()
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if not tools.out_of_memory(error):
             raise
         KEPT.clear()  # with the gradients that it was left with
         return {"note": "out of memory"}
@@ -205,8 +208,9 @@ def run(arguments: list[str]) -> None:
     prompts = "lengths of the answers' prompts, in tokens"
     parser.add_argument("--prompts", nargs="+", type=whole(1), default=PROMPTS, help=prompts)
     args, clock = parser.parse_args(arguments), time.monotonic()
-    path, where = Path(args.out) / "bench.json", machine(DEVICE, str(DTYPE).removeprefix("torch."))
-    known = read_json(path) if path.exists() else {"machine": where, "records": []}
+    where = tools.machine(DEVICE, str(DTYPE).removeprefix("torch."))
+    path = Path(args.out) / "bench.json"
+    known = tools.read_json(path) if path.exists() else {"machine": where, "records": []}
     if known.get("machine") != where:
         raise UserError(f"{path} was measured on another machine: name another --out.")
     records, left = known["records"], 0
@@ -218,10 +222,10 @@ def run(arguments: list[str]) -> None:
             left += 1
             continue
         records.append({"case": name, **measured(todo)})
-        write_json(path, known)
+        tools.write_json(path, known)
         print(table(records[-1:]).splitlines()[-1], flush=True)
     title = ", ".join(f"{name} {value}" for name, value in where.items())
-    write_text(Path(args.out) / "table.md", f"{title}\n\n{table(records)}\n")
+    tools.write_text(Path(args.out) / "table.md", f"{title}\n\n{table(records)}\n")
     print(f"\n{title}\n\n{table(records)}")
     if left:
         print(f"\n{left} cases are left: start the same command again.")

@@ -16,14 +16,13 @@ Reading list: RULER, arXiv 2404.06654; BABILong, arXiv 2406.10149; exposure bias
 
 import argparse
 import hashlib
-from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
 import torch
 
-from data import DEVICES, Example, Parser, collate, pick_device, real, whole
-from eval_niah import as_floats, bias_records, exposure_walk, mean_curve, mean_of
+from data import Example, collate
+from eval_niah import exposure_walk, mean_curve
 from full_scale import backbone, report
 from full_scale.babilong import find_babi
 from full_scale.checkpoints import find_checkpoint, tensor_files
@@ -36,9 +35,15 @@ from full_scale.prompts import BENCHMARKS, check_length, make_draft, make_questi
 from full_scale.ruler import NIAH
 from full_scale.samplers import sampler_flags, sampler_for
 from full_scale.scoring import METRICS, metrics_of
-from memdlm import finite, generator_for, machine, memory_of, peak_memory
-from model import Transformer, UserError, write_json, write_text
-from sample import WRITE_RULES, Write, canvas_text, decoding_flags, write_prompt
+from lab import tools
+from lab.ask import decoding_flags
+from lab.pictures import canvas_text
+from lab.report import as_floats, bias_records, mean_of
+from lab.tools import DEVICES, Parser, real, whole
+from lab.variants import WRITE_RULES, check_write_flags, memory_of, write_with
+from memdlm import generator_for
+from model import Transformer, UserError
+from sample import Write, write_prompt
 
 # ---- one answer ------------------------------------------------------------------------------
 
@@ -83,7 +88,7 @@ def bias_cell(args: argparse.Namespace, pairs: list[Example], eos: int) -> Cell:
         walk = exposure_walk(model, batch.x0, batch.maskable, order, args.bias_steps, fast)
         points = []
         for ratio, static, sequential in mean_curve([walk]):
-            points.append([ratio, finite(static), finite(sequential)])
+            points.append([ratio, tools.finite(static), tools.finite(sequential)])
         return {"walk": points}
 
     return Cell(report.BIAS, 0, args.seed, len(pairs), ask)
@@ -168,21 +173,19 @@ def find_readers(args: argparse.Namespace, adapters: dict[str, Path]) -> list[Re
         checkpoint = readers[-1].checkpoint
         for ratio in args.anchor_ratio or [Write().anchor_ratio]:
             suffix = f"@{ratio}" if len(args.anchor_ratio) > 1 else ""
-            write = find_write(args, adapters.get(checkpoint), ratio)
-            readers.append(Reader(report.WITH_MEMORY[checkpoint] + suffix, checkpoint, write))
+            written = find_write(args, adapters.get(checkpoint), ratio)
+            readers.append(Reader(report.WITH_MEMORY[checkpoint] + suffix, checkpoint, *written))
     return readers
 
 
-def find_write(args: argparse.Namespace, adapter: Path | None, anchor_ratio: float) -> Write:
-    """How prompts are written: with the memory of the adapter's training, but for what the --write
-    flags change of it. alpha / rank, the scale of the fast weights, stays."""
+def find_write(args: argparse.Namespace, adapter: Path | None, anchor_ratio: float) -> tuple:
+    """How prompts are written, as a `Write` and as its settings: with the memory of the adapter's
+    training, but for what the --write flags change of it."""
     config = backbone.trained_with(adapter)
-    memory = memory_of(config)
-    rank = args.write_rank or memory.rank
-    lr = memory.lr if args.write_lr is None else args.write_lr
-    memory = replace(memory, rank=rank, alpha=rank * memory.alpha / memory.rank, lr=lr)
     window = config.get("max_length", 4096)  # our rule's: the length of the training [4096]
-    return Write(args.write, memory, args.write_passes, anchor_ratio, window)
+    asked = args.write, args.write_passes, anchor_ratio, window
+    write = write_with(memory_of(config), *asked, args.write_lr, args.write_rank)
+    return write, backbone.write_settings(write, config, *asked)
 
 
 def style_of(args: argparse.Namespace, tokenizer) -> Style:
@@ -257,9 +260,7 @@ def reader_settings(reader: Reader, adapter: Path | None) -> dict:
     if adapter is not None:
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             found[name] = digest(adapter / name)
-    if reader.write is not None:
-        fields = reader.write._asdict() | asdict(reader.write.memory)
-        found |= {f"write {name}": value for name, value in fields.items() if name != "memory"}
+    found |= {f"write {name}": value for name, value in reader.how.items()}
     return found
 
 
@@ -342,11 +343,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.refuse(args, ["data", "max_length", "bias_steps"], "needs --exposure-bias")
     elif not args.data:
         raise UserError("--exposure-bias needs --data FILE, the pairs that it is measured on.")
-    if not args.memory:
-        names = ("write", "write_lr", "write_rank", "write_passes", "anchor_ratio")
-        parser.refuse(args, names, "says how a memory is written: add --memory")
-    elif args.write != "paper":
-        parser.refuse(args, ["anchor_ratio"], "needs --write paper")
+    check_write_flags(parser, args, args.memory)
     if not set(args.tasks) & set(WITH_ESSAY):
         parser.refuse(args, ["haystack"], "is read by none of these tasks")
     if not set(args.tasks) & set(WITH_STORIES):
@@ -361,7 +358,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def run(arguments: list[str]) -> None:
     """Evaluates as the command line says. All faults that can show before the work do so."""
     args = parse(arguments)
-    with together(pick_device(args.device)) as device:
+    with together(tools.pick_device(args.device)) as device:
         evaluate(args, device)
 
 
@@ -376,7 +373,9 @@ def evaluate(args: argparse.Namespace, device: str) -> None:
         raise UserError(f"--chat: {args.backbone} has no chat template.")
     adapters, style = find_adapters(args.adapter or []), style_of(args, tokenizer)
     readers, cells = find_readers(args, adapters), find_cells(args, tokenizer, style)
-    where = machine(device, backbone.dtype_name(args, device) + (", NF4" if args.load_4bit else ""))
+    where = tools.machine(
+        device, backbone.dtype_name(args, device) + (", NF4" if args.load_4bit else "")
+    )
     relevant = {name: where[name] for name in where if name != "threads" or device == "cpu"}
     settings = settings_of(args, readers, adapters, relevant)
     predictions = Predictions(out / "predictions.jsonl")
@@ -401,8 +400,8 @@ def evaluate(args: argparse.Namespace, device: str) -> None:
     config = {name: value for name, value in vars(args).items() if name not in elsewhere}
     results = {"config": config, "machine": where, "depths": report.depth_records(complete)}
     results |= results_of(readers, cells, predictions)
-    write_json(out / "results.json", results)
-    write_text(out / "table.md", report.report(results) + "\n")
+    tools.write_json(out / "results.json", results)
+    tools.write_text(out / "table.md", report.report(results) + "\n")
     report.draw_pictures(results, out)
-    peak = f"Peak memory {peak_memory(device):.2f} GiB. Written to {out}/."
+    peak = f"Peak memory {tools.peak_memory(device):.2f} GiB. Written to {out}/."
     print(f"{report.report(results)}\n\n{report.cost_table(answers)}\n\n{peak}")

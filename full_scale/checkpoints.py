@@ -34,7 +34,8 @@ from full_scale.configs import (
     read_llada_config,
 )
 from full_scale.experts import ExactRouter, ExpertLinear4bit, Linear4bit, make_mlp
-from model import Linear, Transformer, UserError, read_json
+from lab.tools import read_json
+from model import Linear, Transformer, UserError
 
 # ---- names -----------------------------------------------------------------------------------
 

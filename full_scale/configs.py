@@ -27,7 +27,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from model import Config, UserError, read_json
+from lab.tools import read_json
+from model import Config, UserError
 
 
 @dataclass

@@ -31,36 +31,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import Batch, Parser, pick_device, real, whole
+from data import Batch
+from full_scale import backbone
 from full_scale.adapters import save_adapter
-from full_scale.backbone import (
-    backbone_flags,
-    backbone_tokenizer,
-    covered,
-    dtype_name,
-    load_backbone,
-    note_training,
-)
 from full_scale.checkpoints import add_outer_lora
 from full_scale.configs import BACKBONES
 from full_scale.pairs import PADS, collate, length_grouped, read_data, split_pairs
 from full_scale.processes import processes, spread, together
-from memdlm import (
-    LOSSES,
-    Phase,
-    generator_for,
-    keyed_loss,
-    loop_flags,
-    machine,
-    measure_losses,
-    memory_of,
-    peak_memory,
-    run_flags,
-    settings,
-    start_run,
-    train,
-)
-from model import Transformer, write_json
+from lab import tools
+from lab.tools import Parser, real, whole
+from lab.training import LOSSES, METHODS, Phase, measure_losses, train
+from lab.variants import loop_flags, memory_of
+from memdlm import generator_for, keyed_loss
+from model import Transformer
 
 # ---- the loss, in one of several processes ----------------------------------------------------
 
@@ -71,12 +54,12 @@ class Objective(nn.Module):
 
     def __init__(self, model: Transformer, args: argparse.Namespace):
         super().__init__()
-        self.model, self.method, self.norm = model, args.method, args.loss_norm
+        self.model, self.method = model, METHODS[args.method]
         self.memory = memory_of(vars(args))
 
     def forward(self, batch: Batch, key: tuple) -> Tensor:
         """The loss, with all its random draws made from `key`."""
-        return keyed_loss(self.model, self.method, batch, self.memory, self.norm, *key)
+        return keyed_loss(self.method, self.model, batch, self.memory, *key)
 
 
 def micro_losses(
@@ -125,7 +108,7 @@ def checkpoint_activations(model: Transformer) -> None:
 
 
 def make_phase(args, model: Transformer, train_set: list, held_out: list, collate) -> Phase:
-    """The training run that the flags describe, for `memdlm.train`. collate: pairs -> Batch."""
+    """The training run that the flags describe, for `training.train`. collate: pairs -> Batch."""
     rank, world = processes()
     per_epoch = math.ceil(len(train_set) / args.batch)
     steps = args.steps or math.ceil(args.epochs * per_epoch / (args.accumulate * world))
@@ -157,7 +140,7 @@ def make_phase(args, model: Transformer, train_set: list, held_out: list, collat
         rate_at=cosine_rate(args.lr, steps, args.warmup),
         losses_at=losses_at,
         clip=args.clip,
-        identity={**settings(args), "processes": world, "pairs": pairs},
+        identity={**tools.settings(args), "processes": world, "pairs": pairs},
         log_at=log_at,
         betas=(0.9, 0.999),
         theta_only=True,
@@ -167,17 +150,17 @@ def make_phase(args, model: Transformer, train_set: list, held_out: list, collat
 def fine_tune(args: argparse.Namespace, device: str) -> None:
     """Everything from the data to results.json. Faults of the data show before weights are read."""
     out, (rank, world) = Path(args.out), processes()
-    tokenizer = backbone_tokenizer(args, args.plain)
+    tokenizer = backbone.backbone_tokenizer(args, args.plain)
     pairs, dropped = read_data(args.data, tokenizer, args.max_length)
     train_set, held_out = split_pairs(pairs)
     counts = f"{len(train_set)} pairs to train on, {len(held_out)} held out"
     print(f"{counts}, {dropped} longer than {args.max_length} tokens left out")
     if rank == 0:
-        start_run(out, settings(args), args.resume)
-    model = load_backbone(args, tokenizer, device, spread if args.shard else None)
+        tools.start_run(out, tools.settings(args), args.resume)
+    model = backbone.load_backbone(args, tokenizer, device, spread if args.shard else None)
     lora = {"rank": args.lora_rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
     add_outer_lora(model, **lora, generator=generator_for(args.seed, "lora"))
-    print("LoRA", covered(model, lambda layer: layer.lora_A is not None))
+    print("LoRA", backbone.covered(model, lambda layer: layer.lora_A is not None))
     if args.checkpoint_activations:
         checkpoint_activations(model)
     to_batch = partial(collate, device=device, eos=tokenizer.eos, pads=args.pads)
@@ -185,21 +168,21 @@ def fine_tune(args: argparse.Namespace, device: str) -> None:
     meta = train(model, phase, out, args.save_every, chief=rank == 0)
     if rank > 0:
         return
-    note_training(out / "adapter", settings(args))
+    backbone.note_training(out / "adapter", tools.settings(args))
     base = BACKBONES[args.backbone].repo if args.backbone in BACKBONES else args.backbone
     save_adapter(model, out / "adapter", **lora, base=base)
     results = {
-        "config": settings(args),
-        "machine": machine(device, dtype_name(args, device)),
+        "config": tools.settings(args),
+        "machine": tools.machine(device, backbone.dtype_name(args, device)),
         "processes": world,
         "pairs": {"train": len(train_set), "held_out": len(held_out)},
         "steps": phase.steps,
         "seconds": meta["seconds"],
-        "peak_memory_gib": peak_memory(device),
+        "peak_memory_gib": tools.peak_memory(device),
         "skipped_updates": meta["skipped"],
         "loss": meta["log"],
     }
-    write_json(out / "results.json", results)
+    tools.write_json(out / "results.json", results)
     report(results, out)
 
 
@@ -223,13 +206,13 @@ def build_parser() -> Parser:
     parser = Parser("Fine-tunes a real backbone. The paper's values stand in brackets.")
     flag = parser.add_argument
     parser.set_defaults(dial="backbone")
-    backbone_flags(flag)
+    backbone.backbone_flags(flag)
     known = 'JSONL of {"prompt", "response"}, a LongAlpaca JSON file, or OWNER/NAME on the hub'
     flag("--data", required=True, help=f"{known} [Yukang/LongAlpaca-12k]")
     flag("--plain", action="store_true", help="prompts as they are, without the chat template")
     flag("--method", choices=("mdlm", "memdlm"), default="memdlm", help="mdlm is the baseline")
     flag("--out", default="runs/backbone", help="folder for everything that is written")
-    run_flags(flag)
+    tools.run_flags(flag)
     flag("--max-length", type=whole(2), default=4096, help="longest pair in tokens [4096]")
     flag("--pads", choices=PADS, default="learn", help="EOS pads: targets, or hidden [learn]")
     flag("--epochs", type=whole(1), default=5, help="passes through --data [5, Sec. 4.1]")
@@ -255,5 +238,5 @@ def run(arguments: list[str]) -> None:
         parser.refuse(args, ["shard"], "is for whole weights: those of --load-4bit are small")
     if "LOCAL_RANK" not in os.environ:
         parser.refuse(args, ["shard"], "spreads weights over processes: start it by torchrun")
-    with together(pick_device(args.device)) as device:
+    with together(tools.pick_device(args.device)) as device:
         fine_tune(args, device)

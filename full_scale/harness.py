@@ -47,16 +47,18 @@ except ModuleNotFoundError as error:
 from torch import Tensor
 from tqdm import tqdm
 
-from data import DEVICES, Parser, guarded, pick_device, whole
 from full_scale import backbone
 from full_scale.benchmark import backbone_files, reader_settings
 from full_scale.predictions import Reader
 from full_scale.processes import from_all, processes, together
 from full_scale.samplers import sampler_flags, sampler_for
 from full_scale.scoring import log_likelihood
-from memdlm import generator_for, memory_of
+from lab.ask import decoding_flags
+from lab.tools import DEVICES, Parser, guarded, pick_device, whole
+from lab.variants import memory_of
+from memdlm import generator_for
 from model import Fast, UserError
-from sample import Write, decoding_flags, write_prompt
+from sample import Write, write_prompt
 
 
 def build_parser() -> Parser:
@@ -112,15 +114,18 @@ class MemDLM(LM):
         self.sampler(args.block_length or 1)  # faults in the flags show before the weights are read
         model = backbone.load_backbone(args, self.tokenizer, self._device)
         self.model = backbone.add_adapter(model, args.adapter)
-        self.write = Write(memory=memory_of(backbone.trained_with(args.adapter)))
+        trained = backbone.trained_with(args.adapter)
+        self.write = Write(memory_of(trained))
+        self.how = backbone.write_settings(self.write, trained) if args.memory else {}
         self.written = (None, None)  # the last context that was written, and its memory
 
     def set_cache_hook(self, hook) -> None:
         """--use_cache: the harness's key is the request alone, so other models are refused here."""
         adapter = Path(self.args.adapter) if self.args.adapter else None
-        write = self.write if self.args.memory else None
         known = vars(self.args) | backbone_files(self.args)
-        known = json.dumps(known | reader_settings(Reader("", "", write), adapter), default=str)
+        known = json.dumps(
+            known | reader_settings(Reader("", "", None, self.how), adapter), default=str
+        )
         if hook.dbdict is not None:
             if len(hook.dbdict) and hook.dbdict.get("memdlm") != known:
                 raise UserError("--use_cache has answers of another model or other flags.")

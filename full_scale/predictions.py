@@ -30,9 +30,9 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from data import out_of_memory
 from full_scale.processes import from_all, processes
-from full_scale.report import title
+from lab.report import title
+from lab.tools import out_of_memory
 from model import Transformer, UserError
 from sample import Write
 
@@ -43,6 +43,7 @@ class Reader(NamedTuple):
     method: str  # a key of report.ROWS; in a sweep with the anchor ratio behind an @
     checkpoint: str  # "base", or whose adapter is put on the backbone: "mdlm", "memdlm"
     write: Write | None  # how each prompt is written into the weights, if it is
+    how: dict = {}  # noqa: RUF012 (never changed) the same by names and numbers, for the file
 
 
 class Cell(NamedTuple):

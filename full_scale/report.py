@@ -26,34 +26,24 @@ from pathlib import Path
 
 import numpy as np
 
-from eval_niah import (
-    COLOURS,
+from lab.pictures import COLOURS, draw_exposure, draw_panels, mean_by, new_figure, save_picture
+from lab.report import (
     ROWS,
     difference_table,
     distinct,
-    draw_exposure,
-    draw_panels,
     exposure_table,
     markdown,
     matching,
-    mean_by,
     mean_of,
-    new_figure,
     number_text,
-    save_picture,
     score_table,
+    title,
 )
 
 # Each checkpoint's row without a memory, and its row with one.
 PLAIN = {row.checkpoint: method for method, row in ROWS.items() if not row.memory}
 WITH_MEMORY = {row.checkpoint: method for method, row in ROWS.items() if row.memory}
 BIAS = "exposure bias"  # what stands in place of a task's name where R_EB is measured
-
-
-def title(method: str) -> str:
-    """A row's name in tables and pictures."""
-    name, _, ratio = method.partition("@")
-    return f"{ROWS[name].title}, anchor ratio {ratio}" if ratio else ROWS[name].title
 
 
 def wilson_interval(mean: float, n: int) -> list[float]:
@@ -129,10 +119,10 @@ def report(results: dict) -> str:
     if records:
         n = max(distinct(records, "n"))
         head = f"Seed {records[0]['seed']}, {n} questions a cell; {head}"
-        tables += [score_table(records, title), babilong_table(records), difference_table(results)]
+        tables += [score_table(records), babilong_table(records), difference_table(results)]
     if pairs:
         head += f" Exposure bias: {pairs} pairs, {results['config']['bias_steps']} steps."
-        table = exposure_table(results["exposure_bias"], title)
+        table = exposure_table(results["exposure_bias"])
         for place in matching(results["failed"], task=BIAS):
             table += f"\n| {title(place['method'])} | out of memory | - | - |"
         tables.append(table)
@@ -238,4 +228,4 @@ def draw_pictures(results: dict, out: Path) -> None:
             ratio = method.partition("@")[2]
             if ratio:
                 colours[method] = (float(ratio), 0.0, 1 - float(ratio))  # from blue to red
-        draw_exposure(results["exposure_bias"], out / "exposure_bias.png", title, colours)
+        draw_exposure(results["exposure_bias"], out / "exposure_bias.png", colours)

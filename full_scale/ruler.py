@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from full_scale.drafts import Draft, Style, shuffled
-from model import UserError, read_json
+from lab.tools import read_json
+from model import UserError
 
 WORDS = read_json(Path(__file__).with_name("ruler.json"))
 GRASS, NEEDLE = WORDS["noise"], WORDS["needle"]

@@ -20,27 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Parser, pick_device, real, whole
-from full_scale.backbone import (
-    add_adapter,
-    architecture_of,
-    backbone_flags,
-    backbone_tokenizer,
-    load_backbone,
-    trained_with,
-)
+from full_scale import backbone
 from full_scale.cache import VARIANTS, cached
-from memdlm import memory_of
+from lab.ask import answer_flags, answer_prompt, decoding_flags
+from lab.tools import Parser, pick_device, real, whole
+from lab.variants import memory_of
 from model import UserError
 from sample import (
     Block,
     Write,
-    answer_flags,
-    answer_prompt,
     choose_tokens,
     commit,
     commit_schedule,
-    decoding_flags,
     generate,
     guided_logits,
     plan_blocks,
@@ -222,7 +213,7 @@ def run(arguments: list[str]) -> None:
     """`sample.py --backbone`."""
     parser = Parser("Answers a prompt with a real backbone.")
     flag = parser.add_argument
-    backbone_flags(flag)
+    backbone.backbone_flags(flag)
     flag("--adapter", help="outer LoRA in PEFT's format: DIR/adapter of a fine-tuning")
     flag("--plain", action="store_true", help="the prompt as it is, without the chat template")
     flag("--seed", type=whole(0), default=0, help="of all random draws")
@@ -230,11 +221,15 @@ def run(arguments: list[str]) -> None:
     decoding_flags(flag)
     sampler_flags(flag)
     args = parser.parse_args(arguments)
-    device, tokenizer = pick_device(args.device), backbone_tokenizer(args, args.plain)
-    answer = sampler_for(args, architecture_of(args), args.length, tokenizer.eos)
-    write = Write(memory=memory_of(trained_with(args.adapter)))
+    device, tokenizer = pick_device(args.device), backbone.backbone_tokenizer(args, args.plain)
+    answer = sampler_for(args, backbone.architecture_of(args), args.length, tokenizer.eos)
+    trained = backbone.trained_with(args.adapter)
+    write = Write(memory_of(trained))
     with redirect_stdout(sys.stderr) if args.quiet else nullcontext():
-        model = add_adapter(load_backbone(args, tokenizer, device), args.adapter)
+        model = backbone.add_adapter(backbone.load_backbone(args, tokenizer, device), args.adapter)
         if args.memory:
-            print(f"the prompt is written with {write.memory}")
+            known = backbone.write_settings(write, trained).items()
+            print(
+                "the prompt is written with", ", ".join(f"{name} {value}" for name, value in known)
+            )
     answer_prompt(args, model, tokenizer, write if args.memory else None, args.seed, answer)

@@ -36,7 +36,8 @@ from pathlib import Path
 import jinja2.sandbox
 import tiktoken
 
-from model import UserError, read_json
+from lab.tools import read_json
+from model import UserError
 
 TEMPLATE_SECONDS = 2  # of computing for one prompt; chat templates need about a thousandth of one
 # tiktoken's regex gives up at a million blanks in a row. Without the (?<!...), which lets a match

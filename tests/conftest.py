@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from slow import SMALL
 
 import data
 from memdlm import Anchor, Memory, Stage, two_stages
@@ -62,8 +63,7 @@ def model() -> Transformer:
 
 @pytest.fixture
 def sharp() -> Transformer:
-    """A model that is sure of itself: with random weights alone, every probability would be near
-    1 / vocabulary."""
+    """A model that is sure of itself: else every probability would be near 1 / vocabulary."""
     model = build_model()
     with torch.no_grad():
         model.output.weight.mul_(3.0)
@@ -73,7 +73,7 @@ def sharp() -> Transformer:
 @pytest.fixture
 def memory() -> Memory:
     """Two of the four layers adapted, one set for each sample, no clipping."""
-    return Memory(rank=3, alpha=6.0, lr=0.3, clip=0.0, fraction=0.5, scope="sample")
+    return Memory(**SMALL)
 
 
 @pytest.fixture

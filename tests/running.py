@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -18,9 +19,8 @@ import pytest
 from safetensors.torch import load_file
 
 import data
-import eval_niah
 import memdlm
-import sample
+from lab import ask, evaluate, tiny, tools, training
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
@@ -33,40 +33,40 @@ ASKED += ["--write-passes", "1"]
 NAMES = ("base", "mdlm", "memdlm")
 PROMPT = "river holds 47. Question: what does river hold? Answer:"
 
-# ---- running the programs ------------------------------------------------------------------------
-
 
 def train(*arguments) -> None:
     """The training of `memdlm.py --tiny` with TINY's settings; a later flag replaces an earlier.
     Losses are measured on 4 examples: measuring 64 would be most of the work of so short a run."""
-    measure_losses = memdlm.measure_losses
+    measure_losses = training.measure_losses
 
     def measure_four(model, train_set: list, held_out: list, *rest, repeats: int) -> dict:
         parts = [train_set[0], held_out[0]]
         few = [[data.Batch(part.x0[:4], part.maskable[:4], None)] for part in parts]
         return measure_losses(model, *few, *rest)
 
-    with mock.patch.object(memdlm, "measure_losses", measure_four):
-        memdlm.run_tiny(memdlm.build_parser().parse_args([*TINY, *map(str, arguments)]))
+    with mock.patch.object(training, "measure_losses", measure_four):
+        training.run_tiny(tiny.build_parser().parse_args([*TINY, *map(str, arguments)]))
 
 
-def evaluate(run: Path, out: Path, *arguments, pictures: bool = False) -> dict:
+def evaluated(run: Path, out: Path, *arguments, pictures: bool = False) -> dict:
     """eval_niah.py on a run: its results. Drawing takes longer than all the rest together."""
-    draw = eval_niah.draw_pictures if pictures else mock.Mock()
-    with mock.patch.object(eval_niah, "draw_pictures", draw):
-        eval_niah.run(["--run", str(run), "--out", str(out), *ASKED, *map(str, arguments)])
+    draw = evaluate.draw_pictures if pictures else mock.Mock()
+    with mock.patch.object(evaluate, "draw_pictures", draw):
+        evaluate.run(["--run", str(run), "--out", str(out), *ASKED, *map(str, arguments)])
     return results(out)
 
 
 def say(capsys, run: Path, *arguments) -> list[str]:
     """What sample.py prints, line by line; the last line is the answer."""
     capsys.readouterr()
-    sample.run(["--run", str(run), "--prompt", PROMPT, "--device", "cpu", *map(str, arguments)])
+    ask.run(["--run", str(run), "--prompt", PROMPT, "--device", "cpu", *map(str, arguments)])
     return capsys.readouterr().out.removesuffix("\n").split("\n")
 
 
-def refusal(capsys, main, *arguments) -> str:
-    """The one line on stderr of a program that must refuse before it trains, with exit code 2."""
+def refusal(capsys, program, *arguments) -> str:
+    """The one line on stderr of a program that must refuse before it trains, with exit code 2.
+    program: "memdlm", "sample", "eval_niah", or a function that takes the arguments."""
+    main = partial(tools.start, program) if isinstance(program, str) else program
     trained = mock.Mock(side_effect=AssertionError("it went on to train, and should have refused"))
     capsys.readouterr()
     with mock.patch.object(memdlm, "train_step", trained), pytest.raises(SystemExit) as stop:
@@ -109,18 +109,15 @@ def train_until(step: int, *arguments) -> None:
         train(*arguments)
 
 
-# ---- what there is to run and to read ------------------------------------------------------------
-
 FOLDER = tempfile.TemporaryDirectory(prefix="memdlm-tests-")  # deleted when the session ends
 
 
 @functools.cache
 def finished() -> Path:
-    """The run that most tests read: two seeds with two draws and a control, evaluated, with
-    pictures. Nobody writes to it."""
+    """The run that most tests read, two seeds with two draws and a control. Nobody writes to it."""
     out = Path(FOLDER.name) / "finished"
     train(*SEVERAL, "--out", out)
-    evaluate(out, out, pictures=True)
+    evaluated(out, out, pictures=True)
     return out
 
 

@@ -13,6 +13,7 @@ from torch.func import functional_call
 import data
 import memdlm
 from data import Batch
+from lab import variants
 from memdlm import Anchor, Memory, Stage
 from model import Fast, Transformer
 
@@ -26,7 +27,14 @@ def prompts_of(rows: int, length: int, seed: int = 3) -> torch.Tensor:
     return torch.randint(0, data.EOS, (rows, length), generator=seeded(seed))
 
 
-# ---- pieces, and comparisons ---------------------------------------------------------------------
+# A memory for small models: no clipping, and a set for each sample.
+SMALL = {"rank": 3, "alpha": 6.0, "lr": 0.3, "clip": 0.0, "fraction": 0.5, "scope": "sample"}
+
+
+def by_name(**change) -> Memory:
+    """SMALL with other numbers, or with variants by their names: by_name(loss="kl", steps=3)."""
+    settings = {variants.setting(name): value for name, value in (SMALL | change).items()}
+    return variants.memory_of(settings)
 
 
 def some_rows(rows: slice, batch: Batch, anchor: Anchor, stages: list[Stage]) -> tuple:
@@ -67,9 +75,6 @@ def assert_gradients_equal(model, loss: torch.Tensor, expected: torch.Tensor) ->
     ours, theirs = gradients(model, loss), gradients(model, expected)
     for name in theirs:
         assert_same(ours[name], theirs[name], f"the gradient of {name}")
-
-
-# ---- the method ----------------------------------------------------------------------------------
 
 
 def merge(model: Transformer, weights: dict, scale: float) -> dict:
@@ -113,13 +118,12 @@ def token_loss(name: str, student: tuple, teacher: tuple, target: torch.Tensor) 
     return 1 - (h * teacher_h).sum(1) / (length * teacher_length)
 
 
-def stage_sums(model, matrices: dict, batch, stage: Stage, loss="ce", teacher_learns=False):
+def stage_sums(model, matrices: dict, batch, stage: Stage, loss="ce"):
     """Each row's sum of weighted losses, (B,). The teacher sees the next state, or after the last
     one the clean tokens; it is a constant."""
     student, sums = outputs(model, matrices, batch, stage.masked), []
     teacher = student if loss == "ce" else outputs(model, matrices, batch, stage.following)
-    if not teacher_learns:
-        teacher = [part.detach() for part in teacher]
+    teacher = [part.detach() for part in teacher]
     for row, places in enumerate(stage.scored):
         sides = [[part[row, places] for part in side] for side in (student, teacher)]
         losses = token_loss(loss, *sides, batch.x0[row, places])
@@ -130,13 +134,13 @@ def stage_sums(model, matrices: dict, batch, stage: Stage, loss="ce", teacher_le
 def clipped(grads: list[torch.Tensor], memory: Memory) -> list[torch.Tensor]:
     """Each no longer than memory.clip, by its own norm or by that of all; 0 means no limit."""
     norms = [grad.norm().item() for grad in grads]
-    if memory.clip_by == "global":
+    if memory.norms is variants.global_norm:
         norms = [sum(norm**2 for norm in norms) ** 0.5] * len(norms)
     limit = memory.clip
     return [g * (limit / norm) if 0 < limit < norm else g for g, norm in zip(grads, norms)]
 
 
-def inner_loop(model, batch, stages, fast: Fast, memory: Memory, second_order=False, **options):
+def inner_loop(model, batch, stages, fast: Fast, memory: Memory, second_order=False):
     """Eqs. 6-8 for set 0 of `fast`: its fast weights after all stages. With second_order they are
     functions of the model's weights, through every step."""
     phi = [part[0].detach() for part in fast.tensors()]
@@ -144,14 +148,15 @@ def inner_loop(model, batch, stages, fast: Fast, memory: Memory, second_order=Fa
     def by_name(parts: list) -> dict:
         """Parts in the order of `fast.tensors` -> name -> A, B. A is fixed in a full-rank one."""
         pairs = zip(parts[::2], parts[1::2])
-        if memory.form == "full":
+        if memory.kind is not Fast:
             pairs = ((A[0], B) for (A, _), B in zip(fast.weights.values(), parts))
         return dict(zip(fast.weights, pairs))
 
+    name = memory.loss.keywords["kind"] if memory.loss else "ce"
     for stage in stages * memory.epochs:
         leaves = [part if part.requires_grad else part.requires_grad_() for part in phi]
         matrices = merge(model, by_name(leaves), fast.scale)
-        sums = stage_sums(model, matrices, batch, stage, memory.loss, **options)
+        sums = stage_sums(model, matrices, batch, stage, name)
         loss = sums.sum() / stage.scored.sum()
         grads = torch.autograd.grad(loss, leaves, create_graph=second_order)
         phi = [p - memory.lr * grad for p, grad in zip(leaves, clipped(grads, memory))]
@@ -166,10 +171,7 @@ def outer_loss(model, batch: Batch, anchor: Anchor, matrices: dict) -> torch.Ten
     return (by_row * (1 / (anchor.t + 1e-6))).sum() / batch.maskable.sum()
 
 
-# ---- the same by memdlm.py -----------------------------------------------------------------------
-
-
-def fast_loop(model, batch, stages, fast: Fast, memory: Memory) -> tuple[Fast, torch.Tensor]:
-    """Its inner loop on states whose prefixes are yet to be computed: phi_K, and the losses."""
-    ready = memdlm.with_prefixes(model, batch, stages, memory)
-    return memdlm.inner_loop(model, batch, ready, fast, memory)
+def with_prefixes(model, batch, stages: list[Stage], memory: Memory) -> list[Stage]:
+    """The stages, each with what the first adapted layer reads."""
+    hs = [memdlm.prefix(model, batch, stage.masked, memory).detach() for stage in stages]
+    return [stage._replace(h=h) for stage, h in zip(stages, hs)]

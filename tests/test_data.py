@@ -1,10 +1,9 @@
 """
-test_data.py: the tokenizer, the four reading tasks, their batches, and what command lines share.
+test_data.py: the tokenizer, the four reading tasks and their batches.
 """
 
 import random
 import re
-from argparse import ArgumentTypeError
 from collections import Counter
 from itertools import pairwise
 
@@ -14,9 +13,6 @@ import torch
 
 import data
 from data import EOS, MASK, TINY, Example
-from model import UserError
-
-# ---- tokenizer -----------------------------------------------------------------------------------
 
 TEXTS = [
     "",
@@ -29,8 +25,7 @@ TEXTS = [
 
 
 def test_any_text_round_trips_and_none_is_a_special_token():
-    """256 byte tokens stand below the word list, so that whatever is typed decodes to itself; and
-    a typed "<|mask|>" is bytes: the program alone puts [MASK] and EOS in place."""
+    """And a typed "<|mask|>" is bytes: the program alone puts [MASK] and EOS in place."""
     rng = random.Random(7)
     alphabet = [chr(i) for i in [*range(256), *range(0x370, 0x3FF), *range(0x1F600, 0x1F640)]]
     drawn = ["".join(rng.choices(alphabet, k=40)) for _ in range(30)]
@@ -42,23 +37,16 @@ def test_any_text_round_trips_and_none_is_a_special_token():
 
 def test_a_users_text_begins_like_the_training_text():
     """With a space, since " river" is one token and "river" five bytes. What follows an EOS is no
-    answer any more, and special tokens are the last two ids of the vocabulary."""
+    answer any more, special tokens are the last two ids of the vocabulary, and each class of words
+    is one run of ids: noise draws "another word of this class" as first + random(size)."""
     assert TINY.encode("river holds") == TINY.encode(" river holds") == TINY.pieces(" river holds")
     assert len(TINY.encode("river holds")) == 2
     assert TINY.decode([*TINY.encode("yes"), EOS, *TINY.encode("no"), EOS]) == " yes"
     assert {EOS, MASK} == {data.VOCAB_SIZE - 2, data.VOCAB_SIZE - 1}
-
-
-@pytest.mark.parametrize("name", [*data.CLASSES, "units"])
-def test_each_word_class_is_one_run_of_ids(name):
-    """Noise draws "another word of this class" as first + random(size): each id is such a word."""
-    first, size = data.class_range(name)
-    texts = [TINY.decode([i]) for i in range(first, first + size)]
-    words = [" " + word for word in data.CLASSES.get(name, ())]
-    assert texts == (words or list("0123456789"))
-
-
-# ---- tasks: the answer, derived again from the text alone ----------------------------------------
+    for name in (*data.CLASSES, "units"):
+        first, size = data.class_range(name)
+        words = [" " + word for word in data.CLASSES.get(name, ())] or list("0123456789")
+        assert [TINY.decode([i]) for i in range(first, first + size)] == words
 
 
 def halves(example: Example) -> tuple[list[str], str]:
@@ -69,6 +57,7 @@ def halves(example: Example) -> tuple[list[str], str]:
 
 
 def matches(pattern: str, sentences: list[str]) -> list[tuple]:
+    """The groups of the sentences that have this form."""
     found = [re.fullmatch(pattern, sentence) for sentence in sentences]
     return [match.groups() for match in found if match]
 
@@ -117,9 +106,8 @@ SOLVERS = {"mv": solve_mv, "vt": solve_vt, "cwe": solve_cwe, "babi": solve_babi}
 @pytest.mark.parametrize("length", [64, 96, 384])
 @pytest.mark.parametrize("task", data.TASKS)
 def test_the_answer_follows_from_the_text(task, length):
-    """A reader with regular expressions, who sees the decoded prompt alone, arrives at the answer
-    and its references. All examples are equally long: at most `length`, with no room for another
-    sentence."""
+    """A reader of the decoded prompt alone, with regular expressions, arrives at the answer and its
+    references. An example is at most `length` long, with no room for another sentence."""
     for example in data.make_examples(task, 40, length, seed=length):
         answer, found = SOLVERS[task](*halves(example))
         assert TINY.decode(example.response) == answer
@@ -131,8 +119,7 @@ def test_the_answer_follows_from_the_text(task, length):
 
 @pytest.mark.parametrize("task", data.TASKS)
 def test_needles_lie_anywhere_in_a_predictable_haystack(task):
-    """No position is a shortcut to the needles. The filler is three sentences in turn: of random
-    ones, writing a prompt into the weights would write noise."""
+    """No position is a shortcut to the needles, and the filler is three sentences in turn."""
     cycle = [text.strip(" .") for text in data.FILLER]
     hays = [halves(example)[0] for example in data.make_examples(task, 50, 384, 3)]
     places = [i / len(hay) for hay in hays for i, text in enumerate(hay) if text not in cycle]
@@ -145,8 +132,7 @@ def test_needles_lie_anywhere_in_a_predictable_haystack(task):
 
 @pytest.mark.parametrize("task", data.TASKS)
 def test_examples_depend_on_the_seed_alone(task):
-    """Same seed, same examples; another seed or split, none in common: the test set is never
-    trained on."""
+    """Another seed or split has no example in common: the test set is never trained on."""
     assert data.make_examples(task, 20, 96, 5, 0.5) == data.make_examples(task, 20, 96, 5, 0.5)
     prompts = []
     for seed in (0, 1):
@@ -154,9 +140,6 @@ def test_examples_depend_on_the_seed_alone(task):
             examples = data.make_examples(task, 50, 96, data.split_seed(seed, split))
             prompts += [tuple(example.prompt) for example in examples]
     assert len(set(prompts)) == 300
-
-
-# ---- noise ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 1.0])
@@ -178,9 +161,6 @@ def test_noise_redraws_a_share_of_the_answers_words(task, noise):
         assert error <= 5 * (expected * (1 - expected) / n) ** 0.5
         fixed &= ~here
     assert (before == after)[fixed].all()
-
-
-# ---- batches -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("questions", [1, 3])
@@ -208,8 +188,8 @@ def test_pretraining_masks_answers_alone_unless_whole(questions):
 
 
 def test_padding_is_a_target_and_the_prompt_never_is():
-    """EOS pads are visible and maskable, so that the model learns to stop (asymmetric masking,
-    Sec. 2.1)."""
+    """EOS pads are visible and maskable: the model learns to stop (asymmetric masking, Sec.
+    2.1)."""
     batch = data.collate([Example([1, 2], [4, EOS]), Example([5], [6, 7, 8, EOS])])
     assert batch.x0.tolist() == [[1, 2, 4, EOS, EOS], [5, 6, 7, 8, EOS]]
     assert batch.maskable.int().tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]
@@ -218,8 +198,7 @@ def test_padding_is_a_target_and_the_prompt_never_is():
 
 @pytest.mark.parametrize("task", data.TASKS)
 def test_new_wording_asks_the_same_in_other_words(task):
-    """The same haystacks and the same answers; the question keeps what it asks about and its
-    punctuation, has another word in place of each of the others, and was never in pretraining."""
+    """Haystacks, answers and what is asked about stay; other words were never in pretraining."""
     old, new = (data.make_examples(task, 6, 96, 0, wording=wording) for wording in data.WORDINGS)
     assert [e.response for e in old] == [e.response for e in new]
     assert [e.references for e in old] == [e.references for e in new]
@@ -231,30 +210,3 @@ def test_new_wording_asks_the_same_in_other_words(task):
         for one, other in zip(before.prompt[start:], after.prompt[start:]):
             assert (one != other) == (one in common)
         assert TINY.pieces(" Answer:")[0] not in after.prompt
-
-
-# ---- command lines -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text", ["²", "1e-320", "nan", "inf", "-1", "11", "x", ""])
-@pytest.mark.parametrize("number", [data.whole(0, 10), data.real(0, 10)], ids=["whole", "real"])
-def test_what_is_no_number_in_the_range_is_refused(number, text):
-    """Not even one that vanishes in float32, or that Python's str.isdigit() would let through."""
-    with pytest.raises((ArgumentTypeError, ValueError)):
-        number(text)
-    assert number("10") == 10
-
-
-def test_a_parser_says_its_defaults_and_takes_whole_names_alone():
-    """--st is not --steps: a flag that is added later must not change what a command means."""
-    parser = data.Parser("A program.")
-    parser.add_argument("--steps", type=data.whole(1), default=3, help="how many")
-    parser.add_argument("--data", help="a file")
-    parser.add_argument("--quiet", action="store_true", help="print less")
-    text = parser.format_help()
-    assert "how many (default: 3)" in text
-    assert "None" not in text
-    assert parser.parse_args(["--steps", "5"]).steps == 5
-    for wrong in (["--st", "5"], ["--steps", "0"], ["--steps"], ["more"]):
-        with pytest.raises(UserError):
-            parser.parse_args(wrong)

@@ -7,19 +7,17 @@ import math
 import re
 from itertools import pairwise
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
-from running import ASKED, copy_of_finished, evaluate, finished, refusal, results, stamps
+from running import ASKED, evaluated, finished, refusal, results, stamps
 
 import data
 import eval_niah
 import memdlm
 import sample
-from model import read_json
-
-# ---- scores --------------------------------------------------------------------------------------
+from lab import evaluate, report, training
+from lab.tools import read_json
 
 
 @pytest.mark.parametrize(
@@ -33,10 +31,8 @@ def test_a_score_is_the_share_of_references_found(prediction, score):
 
 @pytest.mark.parametrize("task", data.TASKS)
 def test_the_oracle_scores_1_and_silence_0(model, task, monkeypatch):
-    """A model that says the true answer has all points on every task, one that says nothing has
-    none: the references are in the answers, and prompts do not count."""
-    plan = {"steps": None, "block_length": None, "threshold": None}
-    asked = SimpleNamespace(samples=40, wording="old", **plan)
+    """The references are in the true answers, and those of the prompts do not count."""
+    asked = SimpleNamespace(samples=40, wording="old", steps=1, block_length=None, threshold=None)
     examples = data.make_examples(task, 40, 96, data.split_seed(5, "test 0"))
     answer = {tuple(example.prompt): example.response for example in examples}
 
@@ -48,7 +44,7 @@ def test_the_oracle_scores_1_and_silence_0(model, task, monkeypatch):
 
     for speaker, score in ((oracle, 1), (silence, 0)):
         monkeypatch.setattr(sample, "generate", speaker)
-        record = eval_niah.score_cell(model, False, task, 96, 5, 0, asked)
+        record = evaluate.score_cell(model, False, task, 96, 5, 0, asked)
         assert (record["score"], record["n"]) == (score, 40), f"{speaker.__name__} on {task}"
 
 
@@ -57,28 +53,14 @@ def test_the_oracle_scores_1_and_silence_0(model, task, monkeypatch):
     [([1, 2, 3, 4, 5], 3, 1.9632), ([0, 1], 0.5, 6.3531), ([2, 2, 2], 2, 0), ([7], 7, math.inf)],
 )
 def test_t_interval_equals_known_values(values, mean, half):
-    """Student's t over seeds: the quantile is 2.776 for five of them and 12.706 for two, and one
-    seed says nothing about others."""
-    assert eval_niah.t_interval(values) == pytest.approx((mean, half), abs=2e-3)
+    """Student's t over seeds; one seed says nothing about others."""
+    assert report.t_interval(values) == pytest.approx((mean, half), abs=2e-3)
 
 
-# ---- exposure bias (Sec. 2.2) --------------------------------------------------------------------
-
-PROMPT, ANSWER = 4, 10  # tokens of the rows that are walked
+PROMPT = 4  # tokens of the rows that are walked
 
 
-def stand_in(predict) -> SimpleNamespace:
-    """A model whose predictions are known: predict(ids (B, T)) -> logits (B, T, V)."""
-
-    def same(h):
-        return h
-
-    config = SimpleNamespace(mask_id=data.MASK)
-    run = mock.Mock(side_effect=lambda h, *rest: predict(h))
-    return SimpleNamespace(config=config, embedding=same, run=run, head=same)
-
-
-def walk_inputs(answer: int = ANSWER) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def walk_inputs(answer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x0, response and order of three rows."""
     generator = torch.Generator().manual_seed(3)
     x0 = torch.randint(0, data.EOS, (3, PROMPT + answer), generator=generator)
@@ -86,62 +68,41 @@ def walk_inputs(answer: int = ANSWER) -> tuple[torch.Tensor, torch.Tensor, torch
     return x0, response, torch.rand(x0.shape, generator=generator)
 
 
-def walk(model, *inputs, steps: int = 5) -> tuple[list, list, list]:
-    """The curve, and the states that the model was shown: static and sequential ones by turns."""
-    seen, embedding = [], model.embedding
-    hook = embedding.register_forward_hook(lambda module, ids, output: seen.append(ids[0].clone()))
-    curve = eval_niah.exposure_walk(model, *inputs, steps, None)
-    hook.remove()
-    return curve, seen[::2], seen[1::2]
-
-
 @pytest.mark.parametrize(("n", "steps"), [(10, 5), (10, 8), (3, 8), (12, 1)])
-def test_static_and_sequential_states_hide_equally_many_tokens(sharp, n, steps):
+def test_static_and_sequential_losses_are_those_of_states_that_hide_equally_much(sharp, n, steps):
     """R_EB compares losses at one noise level: both states hide max(1, int(n * ratio)) tokens of
-    each row, fewer and fewer. The static one shows true tokens, and neither hides the prompt."""
-    x0, response, order = walk_inputs(n)
-    curve, static, sequential = walk(sharp, x0, response, order, steps=steps)
+    each row, fewer and fewer, and none of the prompt. Which ones the static state hides depends on
+    the order that was drawn, not on the model, and it shows true tokens. Both losses are Eq. 3, row
+    by row and without the weight 1/t; at ratio 1 the states are one, later they are not."""
+    (x0, response, order), seen = walk_inputs(n), []
+    sharp.embedding.register_forward_hook(lambda module, ids, output: seen.append(ids[0].clone()))
+    curve = eval_niah.exposure_walk(sharp, x0, response, order, steps, None)
+    shown, reached = seen[::2], seen[1::2]
     assert [ratio for ratio, *_ in curve] == [1 - step / steps for step in range(steps)]
-    for step, (shown, reached) in enumerate(zip(static, sequential)):
-        hidden = [max(1, n * (steps - step) // steps)] * 3
-        assert (shown == data.MASK).sum(1).tolist() == hidden
-        assert (reached == data.MASK).sum(1).tolist() == hidden
-        assert shown[shown != data.MASK].equal(x0[shown != data.MASK])
-        assert reached[~response].equal(x0[~response])
-    for states in (static, sequential):
-        for before, after in pairwise(states):
-            assert not ((after == data.MASK) & (before != data.MASK)).any(), "hidden once more"
-
-
-def test_all_models_are_measured_on_the_same_static_states(sharp, model):
-    """What is hidden depends on the order that was drawn, not on the model: rows of the table
-    differ by the model alone. At ratio 1 both states are one, and R_EB is 1 by definition."""
-    curve, static, sequential = walk(sharp, *walk_inputs())
-    _, static_too, sequential_too = walk(model, *walk_inputs())
-    assert all(one.equal(other) for one, other in zip(static, static_too))
-    assert not all(one.equal(other) for one, other in zip(sequential, sequential_too))
-    assert curve[0][1].equal(curve[0][2])
-    assert not any(torch.allclose(static, sequential) for _, static, sequential in curve[1:])
-
-
-def test_static_loss_is_the_mean_nll_of_the_hidden_tokens(sharp):
-    """Eq. 3, row by row and without the weight 1/t: what exactly the curves show."""
-    x0, response, order = walk_inputs()
-    _, static, _ = eval_niah.exposure_walk(sharp, x0, response, order, 2, None)[1]
-    for row in range(3):
-        places = [p for p in order[row].argsort().tolist() if response[row, p]][: ANSWER // 2]
-        ids = x0[row].clone()
-        ids[places] = data.MASK
-        logp = sharp(ids[None])[0].log_softmax(-1)
-        nll = [-logp[place, x0[row, place]].item() for place in places]
-        assert static[row].item() == pytest.approx(sum(nll) / len(nll), rel=1e-5)
+    for step, (_, *losses) in enumerate(curve):
+        count = max(1, n * (steps - step) // steps)
+        static = shown[step] == data.MASK
+        for row in range(3):
+            drawn = [place for place in order[row].argsort().tolist() if response[row, place]]
+            assert static[row].nonzero()[:, 0].tolist() == sorted(drawn[:count])
+        assert shown[step][~static].equal(x0[~static])
+        assert reached[step][~response].equal(x0[~response])
+        for state, loss in zip((shown[step], reached[step]), losses):
+            hidden = state == data.MASK
+            assert hidden.sum(1).tolist() == [count] * 3
+            nll = -sharp(state).log_softmax(-1).gather(2, x0[..., None])[..., 0]
+            torch.testing.assert_close(
+                loss.double(), (nll * hidden).sum(1) / count, rtol=1e-5, atol=0
+            )
+        assert losses[0].equal(losses[1]) == (step == 0)
+    for before, after in pairwise(reached):
+        assert not ((after == data.MASK) & (before != data.MASK)).any(), "hidden once more"
 
 
 def test_a_model_led_astray_by_its_own_mistake_has_exposure_bias():
-    """It knows the answer, but is surest of one wrong token, and lost as soon as it sees one. Its
-    static loss stays low, its sequential loss rises to that of guessing: the walk must show a model
-    what it has said itself. Without that token it knows everything, and R_EB is 1."""
-    (x0, response, order), place = walk_inputs(), 9
+    """It knows the answer, but is surest of one wrong token, and lost as soon as it sees one: the
+    walk must show a model what it has said itself. Without that token, R_EB is 1."""
+    (x0, response, order), place = walk_inputs(10), 9
     truth = 8.0 * torch.nn.functional.one_hot(x0, data.VOCAB_SIZE).float()
     misled = truth.clone()
     misled[:, place] = 0
@@ -151,20 +112,23 @@ def test_a_model_led_astray_by_its_own_mistake_has_exposure_bias():
         lost = ((ids != x0) & (ids != data.MASK)).any(1)
         return torch.where(lost[:, None, None], 0.0, misled)
 
-    curve = eval_niah.exposure_walk(stand_in(astray), x0, response, order, ANSWER, None)
+    def curve_of(predict, steps: int) -> list[tuple]:
+        model = SimpleNamespace(embedding=torch.nn.Identity(), head=torch.nn.Identity())
+        model.config, model.run = SimpleNamespace(mask_id=data.MASK), lambda h, *rest: predict(h)
+        return eval_niah.exposure_walk(model, x0, response, order, steps, None)
+
+    curve = curve_of(astray, 10)
     guessing = torch.full((3,), math.log(data.VOCAB_SIZE))
     for *_, sequential in curve[1:]:
         torch.testing.assert_close(sequential, guessing, rtol=0, atol=1e-5)
     assert curve[-1][1].min() < 0.2, "the static state must show it true tokens"
-    knowing = stand_in(lambda ids: truth)
-    for _, static, sequential in eval_niah.exposure_walk(knowing, x0, response, order, 5, None):
+    for _, static, sequential in curve_of(lambda ids: truth, 5):
         torch.testing.assert_close(sequential, static)
 
 
 def test_the_ratio_is_against_the_static_loss_without_a_memory():
-    """Both MemDLM rows have one denominator. With its own, a memory that lowers both losses would
-    look as if it had changed nothing."""
-    records = eval_niah.matching(results(finished())["exposure_bias"], seed=0, draw=0)
+    """Or a memory that lowers both losses would look as if it had changed nothing."""
+    records = report.matching(results(finished())["exposure_bias"], seed=0, draw=0)
     static = {(record["method"], record["mask_ratio"]): record["static"] for record in records}
     for record in records:
         method, ratio = record["method"], record["mask_ratio"]
@@ -176,16 +140,12 @@ def test_the_ratio_is_against_the_static_loss_without_a_memory():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_measured_noise_levels_cover_0_to_1_however_examples_are_batched(size):
-    """Six examples have t = 1/12, 3/12, ... 11/12, each the same one in every batching: losses of
-    two steps or two runs are then comparable."""
+    """Six examples have t = 1/12, 3/12, ... 11/12: losses of two runs are comparable."""
     row = data.Batch(torch.zeros(size, 5, dtype=torch.long), torch.ones(size, 5, dtype=bool), None)
-    t = torch.cat([anchor.t for anchor in memdlm.even_anchors([row] * (6 // size), 3)])
+    t = torch.cat([anchor.t for anchor in training.even_anchors([row] * (6 // size), 3)])
     torch.testing.assert_close(t.sort()[0], (torch.arange(6) + 0.5) / 6)
     one_by_one = data.Batch(row.x0[:1], row.maskable[:1], None)
-    assert t.tolist() == [anchor.t.item() for anchor in memdlm.even_anchors([one_by_one] * 6, 3)]
-
-
-# ---- the frontier: learnt against kept -----------------------------------------------------------
+    assert t.tolist() == [anchor.t.item() for anchor in training.even_anchors([one_by_one] * 6, 3)]
 
 
 def test_the_frontier_says_what_losses_and_scores_say():
@@ -193,16 +153,16 @@ def test_the_frontier_says_what_losses_and_scores_say():
     the mean of its scores without one; and the base is Standard MDLM at rate 0."""
     found = results(finished())
     points = found["frontier"]
-    rates = [(0.0, "base", "base"), (5e-4, "mdlm", "mdlm"), (1e-4, "mdlm-0.0001", "mdlm-0.0001")]
+    known = [("mdlm", 0.0, "mdlm", 0, "base"), ("mdlm", 5e-4, "mdlm", 3, "mdlm")]
+    known.append(("mdlm", 1e-4, "mdlm-0.0001", 3, "mdlm-0.0001"))
+    known.append(("memdlm", 5e-4, "memdlm", 3, "memdlm_train"))
     for unit in ({"seed": seed, "draw": draw} for seed in (0, 1) for draw in (0, 1)):
-        mine = eval_niah.matching(points, **unit)
+        mine = report.matching(points, **unit)
         assert len(mine) == 4
-        for rate, arm, row in [*rates, (5e-4, "memdlm", "memdlm_train")]:
-            method = "memdlm" if arm == "memdlm" else "mdlm"
-            [point] = eval_niah.matching(mine, method=method, lr=rate)
-            step, arm = (0, "mdlm") if arm == "base" else (3, arm)
-            [loss] = eval_niah.matching(found["loss"], method=arm, step=step, **unit)
-            [score] = eval_niah.matching(found["niah"], method=row, **unit)
+        for method, rate, arm, step, row in known:
+            [point] = report.matching(mine, method=method, lr=rate)
+            [loss] = report.matching(found["loss"], method=arm, step=step, **unit)
+            [score] = report.matching(found["niah"], method=row, **unit)
             assert point["learnt"] == loss["train_without_memory"]
             assert point["kept"] == {"1x": score["score"]}
 
@@ -225,10 +185,9 @@ def frontier(units: list[tuple[float, float]], draws: int = 9) -> list[dict]:
     [(0.8, 0.5, 0.1), (1.2, 0.5, -0.1), (1.6, 0.7, 0.0), (0.1, 0.2, 0.0), (3.0, 0.9, 0.1)],
 )
 def test_methods_are_compared_at_equal_learnt_loss(learnt, kept, gain):
-    """On the straight line between Standard MDLM's two nearest rates; where MemDLM has learnt more
-    or less than any of them, with the nearest."""
+    """On the line between Standard MDLM's two nearest rates, or with its first or last."""
     points = frontier([(learnt, kept)])
-    assert eval_niah.gains_at_equal_loss(points, "4x") == {(0, 0): pytest.approx(gain)}
+    assert report.gains_at_equal_loss(points, "4x") == {(0, 0): pytest.approx(gain)}
 
 
 @pytest.mark.parametrize(
@@ -239,10 +198,10 @@ def test_the_headline_says_what_its_interval_allows(kept, verdict):
     """Above zero, below zero, or neither: the verdict goes by the 95% interval over bases. The
     interval that is printed first is over draws, and draws of one base alone decide nothing."""
     units = [(0.8, one) for one in kept]
-    assert "decides nothing" in eval_niah.headline_of(frontier(units))["text"]
-    headline = eval_niah.headline_of(frontier(units, draws=1))
+    assert "decides nothing" in report.headline_of(frontier(units))["text"]
+    headline = report.headline_of(frontier(units, draws=1))
     gains = [one - 0.4 for one in kept]
-    mean, half = eval_niah.t_interval(gains)
+    mean, half = report.t_interval(gains)
     assert (headline["difference"], headline["n"]) == (pytest.approx(mean), len(kept))
     assert headline["ci95"] == pytest.approx([mean - half, mean + half])
     assert verdict in headline["text"]
@@ -252,22 +211,19 @@ def test_a_headline_that_cannot_be_had_is_none():
     """No score at 4x; or no loss, because training has exploded. One draw has no interval."""
     assert results(finished())["headline"] is None
     points = frontier([(0.8, 0.5)])
-    assert eval_niah.headline_of(points)["ci95"] is None
+    assert report.headline_of(points)["ci95"] is None
     points[0]["learnt"] = None
-    assert eval_niah.headline_of(points) is None
-    assert eval_niah.headline_of(points + frontier([(0.8, 0.5)] * 2)[4:])["n"] == 1
-
-
-# ---- pictures of one example ---------------------------------------------------------------------
+    assert report.headline_of(points) is None
+    assert report.headline_of(points + frontier([(0.8, 0.5)] * 2)[4:])["n"] == 1
 
 
 def test_the_memory_picture_shows_the_inner_loop(make_model):
-    """Before it, the NLL of the plain model; after each stage, that under its fast weights. Noisy
-    are the words that the true answer does not have."""
+    """The NLL before it and after each stage; noisy are words that the true answer does not
+    have."""
     model, config = make_model(torch.float32), read_json(finished() / "config.json")
     config |= {"memory_lr": 0.5, "memory_fraction": 0.5, "noise": 0.5}
-    pairs = [memdlm.tiny_pairs(config, 0, 0, noise)[0] for noise in (0.5, 0)]
-    view = eval_niah.memory_view(model, config, 0, *pairs)
+    pairs = [training.tiny_pairs(config, 0, 0, noise)[0] for noise in (0.5, 0)]
+    view = evaluate.memory_view(model, config, 0, *pairs)
     assert view["noisy"] == [a != b for a, b in zip(*(pair.response for pair in pairs))]
     assert 0 < sum(view["noisy"]) < len(view["noisy"])
     batch = data.collate([pairs[0]])
@@ -279,26 +235,20 @@ def test_the_memory_picture_shows_the_inner_loop(make_model):
 
 
 def test_the_denoising_picture_shows_the_answer_that_is_given(sharp):
-    """Each step commits the place of its largest confidence; the last one leaves the answer of
-    `generate`."""
+    """Each step commits the place of its largest confidence; the last leaves the answer."""
     example = data.make_examples("mv", 1, 96, 0)[0]
-    states = sample.denoising_states(sharp, example)
+    states = evaluate.denoising_states(sharp, example)
     blocks = sample.plan_blocks(len(example.response))
     answer = sample.generate(sharp, torch.tensor([example.prompt]), blocks)[0].tolist()
     assert states[-1].proposal == answer
     for state in states:
-        opened = [token == data.MASK for token in state.before]
-        best = max(c for c, is_open in zip(state.confidence, opened) if is_open)
-        assert state.committed.index(True) == state.confidence.index(best)
-        assert sum(state.committed) == 1
-
-
-# ---- tables --------------------------------------------------------------------------------------
+        opened = [c for c, token in zip(state.confidence, state.before) if token == data.MASK]
+        best = state.confidence.index(max(opened))
+        assert [i for i, commits in enumerate(state.committed) if commits] == [best]
 
 
 def test_sequential_losses_are_compared_at_equal_static_loss():
-    """Standard MDLM: L_seq 1 at L_static .2, 3 at .6. MemDLM has 1.5 at .4, where Standard MDLM
-    would have 2: it is hurt less by its own mistakes, whatever the ratios say."""
+    """MemDLM has L_seq 1.5 at L_static .4, where Standard MDLM, with 1 at .2 and 3 at .6, has 2."""
     records = []
     for method, static, sequential in (
         ("base", 0.2, 1.0),
@@ -309,7 +259,7 @@ def test_sequential_losses_are_compared_at_equal_static_loss():
     ):
         record = {"method": method, "mask_ratio": 0.5, "seed": 0, "draw": 0}
         records.append(record | {"static": static, "sequential": sequential})
-    assert eval_niah.sequential_at_equal_static(records).endswith("-0.500")
+    assert report.sequential_at_equal_static(records).endswith("-0.500")
 
 
 def scored(method: str, task: str, length: int, score: float | None, seed: int = 0) -> dict:
@@ -329,7 +279,7 @@ def test_a_score_table_has_means_over_seeds_and_tasks():
     records = [scored("base", "mv", 64, 0.5), scored("base", "mv", 64, 1.0, seed=1)]
     records += [scored("base", "vt", 64, 0.25), scored("base", "mv", 96, 0.5)]
     records.append(scored("mdlm", "vt", 64, None))
-    header, base, mdlm = cells(eval_niah.score_table(records))
+    header, base, mdlm = cells(report.score_table(records))
     assert header == ["method", "mv 64", "vt 64", "mv 96", "vt 96", "mean 64", "mean 96"]
     assert base == ["Base", "0.75", "0.25", "0.50", "-", "**0.500**", "**-**"]
     assert set(mdlm[1:]) <= {"-", "**-**"}
@@ -342,44 +292,33 @@ def test_differences_are_paired_by_seed_and_draw():
     for seed, (plain, ours) in enumerate([(0.2, 0.29), (0.8, 0.91)]):
         records += [scored("mdlm", task, 64, plain, seed) for task in ("mv", "vt")]
         records += [scored("memdlm_train", task, 64, ours, seed) for task in ("mv", "vt")]
-    _, row = cells(eval_niah.difference_table({"niah": records}))
+    _, row = cells(report.difference_table({"niah": records}))
     mean, low, high = map(float, re.findall(r"[+-]\d\.\d+", row[1]))
     assert row[0] == "MemDLM (Train-Only) minus Standard MDLM"
     assert mean == pytest.approx(0.1, abs=1e-3)
     assert (low, high) == pytest.approx((0.1 - 0.127, 0.1 + 0.127), abs=1e-3)
-    one_seed = {"niah": eval_niah.matching(records, seed=0)}
-    assert cells(eval_niah.difference_table(one_seed))[1][1] == "+0.090"
+    one_seed = {"niah": report.matching(records, seed=0)}
+    assert cells(report.difference_table(one_seed))[1][1] == "+0.090"
 
 
 def test_the_report_says_where_its_numbers_come_from():
-    """Each row, the seeds and examples, the machine and the writing rule: a table without them
-    cannot be compared with another."""
+    """Each row, the seeds and examples, the machine and the writing rule."""
     text = (finished() / "table.md").read_text()
     known = ["[0, 1]", "4 draws", "2 examples", "cpu", "float32", torch.__version__, "surprise"]
-    known += [f"| {row.title} |" for row in eval_niah.ROWS.values()]
+    known += [f"| {row.title} |" for row in report.ROWS.values()]
     assert not [words for words in known if words not in text]
 
 
-# ---- the program ---------------------------------------------------------------------------------
-
-
-def test_an_evaluation_elsewhere_leaves_the_run_alone(tmp_path, capsys):
-    """Other tasks, lengths and samples go to another --out. Its table is printed, too."""
+def test_an_evaluation_with_other_settings_leaves_the_run_alone(tmp_path, capsys):
+    """Other tasks, lengths and samples go to another --out, which is asked for before any work. Its
+    table is printed, too. Nothing of the run's own evaluation is touched."""
     before = stamps(finished())
+    for flag in ("--samples 3", "--tasks mv", "--write-lr 0.1", "--steps 2"):
+        said = refusal(capsys, "eval_niah", "--run", finished(), *ASKED, *flag.split())
+        assert "--out" in said, flag
     flags = "--tasks mv --lengths 80 --memory-lengths 80 --samples 3 --bias-steps 3".split()
-    found = evaluate(finished(), tmp_path, *flags, "--steps", 1)
+    found = evaluated(finished(), tmp_path, *flags, "--steps", 1)
     assert {(r["task"], r["length"], r["n"]) for r in found["niah"]} == {("mv", 80, 3)}
     assert len({record["mask_ratio"] for record in found["exposure_bias"]}) == 3
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
     assert stamps(finished()) == before
-
-
-@pytest.mark.parametrize("flag", ["--samples 3", "--tasks mv", "--write-lr 0.1", "--steps 2"])
-def test_results_of_other_settings_are_not_overwritten(tmp_path, capsys, flag):
-    """One evaluation must not replace another that it is not: another --out is asked for, before
-    any work, and nothing is touched."""
-    run = copy_of_finished(tmp_path)
-    before = stamps(run)
-    said = refusal(capsys, eval_niah.main, "--run", run, *ASKED, *flag.split())
-    assert "--out" in said
-    assert stamps(run) == before

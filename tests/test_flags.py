@@ -1,25 +1,19 @@
 """
-test_flags.py: each flag changes what it says it changes, and nothing else; and no flag is without
-a test.
+test_flags.py: each flag changes what it says and nothing else; and none is without a test.
 """
 
-import functools
 import re
-import tempfile
 from pathlib import Path
 from unittest import mock
 
 import pytest
-from running import NAMES, differing, evaluate, finished, recorded, say, train, weights
+from running import NAMES, differing, evaluated, finished, recorded, say, train, weights
 
-import eval_niah
-import memdlm
 import sample
-
-# ---- training ------------------------------------------------------------------------------------
+from lab import ask, evaluate, report, tiny, training
 
 BASE, MDLM, MEMDLM = NAMES
-USUAL = "--steps 2 --memory-clip 0 --save-every 9"  # what each of these flags is tried beside
+USUAL = "--steps 2 --memory-clip 0.01 --save-every 9"  # what each of these flags is tried beside
 CHANGED = {  # group of flags -> the checkpoints that they change
     "pretraining": {BASE, MDLM, MEMDLM},
     "fine-tuning set": {MDLM, MEMDLM},
@@ -30,14 +24,13 @@ CHANGED = {  # group of flags -> the checkpoints that they change
 GROUPS = {
     "pretraining": "--pretrain-steps 3; --pretrain-batch 8; --pretrain-lr 1e-3; --length 80",
     "fine-tuning set": "--noise 0; --examples 8; --stretch 2; --wording new",
-    "outer loop": "--steps 3; --batch 4; --lr 1e-2; --warmup 1; --clip 0.01; --loss-norm batch; "
-    "--loss-norm sequence",
+    "outer loop": "--steps 3; --batch 4; --lr 1e-2; --warmup 1; --clip 0.01",
     "inner loop": "--memory-rank 4 --memory-alpha 8; --memory-alpha 64; --memory-lr 0.1; "
-    "--memory-clip 0.01; --memory-fraction 1; --memory-scope batch; --memory-epochs 2; "
-    "--start-scale 3; --memory-steps 1; --memory-strategy anchor_only; --memory-loss kl; "
-    "--memory-targets newly_revealed; --memory-places ffn+attention; --memory-form full",
-    "no number": "--save-every 1; --draws 2; --control-lr 1e-5; --memory-strategy consistent; "
-    "--memory-clip 1e9",
+    "--memory-clip 0; --memory-clip-by global; --memory-fraction 1; --memory-scope batch; "
+    "--memory-epochs 2; --start-scale 3; --memory-steps 1; --memory-strategy anchor_only; "
+    "--memory-loss kl; --memory-targets newly_revealed; --memory-places ffn+attention; "
+    "--memory-form full",
+    "no number": "--save-every 1; --draws 2; --control-lr 1e-5; --memory-strategy consistent",
 }
 
 
@@ -45,7 +38,7 @@ def trained(out: Path, flags: str) -> dict:
     """The weights of a very short run. Nothing is measured, and the base is taken where it fits."""
     pretrained_here = re.search("--pretrain|--length", flags)
     bases = [] if pretrained_here else ["--bases", finished()]
-    with mock.patch.object(memdlm, "measure_losses", return_value={"overshoot": 0.0}):
+    with mock.patch.object(training, "measure_losses", return_value={"overshoot": 0.0}):
         train(*USUAL.split(), *flags.split(), *bases, "--out", out)
     return weights(out)
 
@@ -64,18 +57,6 @@ def test_each_flag_changes_what_it_says_and_nothing_else(usual, tmp_path, group)
         assert changed == CHANGED[group], f"{flag} changes {changed or 'nothing'}"
 
 
-def test_clip_by_says_whose_norm_is_clipped(tmp_path):
-    """It has an effect where gradients are clipped: on MemDLM alone."""
-    own = trained(tmp_path / "own", "--memory-clip 0.01")
-    together = trained(tmp_path / "global", "--memory-clip 0.01 --memory-clip-by global")
-    assert differing(own, together) == {MEMDLM}
-
-
-# ---- reading -------------------------------------------------------------------------------------
-
-PAPER = "--write paper --write-lr 3"
-
-
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory) -> Path:
     """A run of one seed and one step."""
@@ -84,28 +65,23 @@ def short_run(tmp_path_factory) -> Path:
     return run
 
 
-@pytest.fixture(scope="module")
-def reading(short_run):
-    """Flags of the writing -> the exposure bias of each row. Each is measured once."""
-
-    @functools.cache
-    def read(flags: str) -> dict:
-        out = Path(tempfile.mkdtemp(dir=short_run))
-        records = evaluate(short_run, out, "--steps", 1, *flags.split())["exposure_bias"]
-        return {row: eval_niah.matching(records, method=row) for row in eval_niah.ROWS}
-
-    return read
-
-
-@pytest.mark.parametrize(
-    "flags",
-    ["--write-lr 0.1", "--write-rank 4", "--write-passes 2", PAPER, f"{PAPER} --anchor-ratio 0.9"],
-)
-def test_flags_of_the_writing_change_the_row_that_writes(reading, flags):
+def test_flags_of_the_writing_change_the_rows_that_write(short_run, tmp_path):
     """Rows that write their prompts read with another memory; the others keep every bit."""
-    one, other = reading(flags), reading(PAPER if "--anchor-ratio" in flags else "")
-    writing = {method for method, row in eval_niah.ROWS.items() if row.memory}
-    assert {m for m in one if one[m] != other[m]} == writing
+
+    def read(flags: str) -> dict:
+        """The exposure bias of each row."""
+        out = tmp_path / flags.replace(" ", "")
+        records = evaluated(short_run, out, "--steps", 1, *flags.split())["exposure_bias"]
+        return {row: report.matching(records, method=row) for row in report.ROWS}
+
+    usual, paper = read(""), read("--write paper --write-lr 3")
+    writing = {method for method, row in report.ROWS.items() if row.memory}
+    assert {row for row in usual if paper[row] != usual[row]} == writing
+    for flags in ("--write-lr 0.1", "--write-rank 4", "--write-passes 2"):
+        other = read(flags)
+        assert {row for row in usual if other[row] != usual[row]} == writing, flags
+    other = read("--write paper --write-lr 3 --anchor-ratio 0.9")
+    assert {row for row in usual if other[row] != paper[row]} == writing
 
 
 def test_decoding_flags_decide_the_plan(short_run, tmp_path, monkeypatch):
@@ -114,72 +90,57 @@ def test_decoding_flags_decide_the_plan(short_run, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "plan_blocks", recorded(sample.plan_blocks, plans))
     generate = mock.Mock(side_effect=sample.generate)
     monkeypatch.setattr(sample, "generate", generate)
-    evaluate(short_run, tmp_path, *"--steps 4 --block-length 2 --threshold 0.9".split())
+    evaluated(short_run, tmp_path, *"--steps 4 --block-length 2 --threshold 0.9".split())
     assert [(0, 2, [1, 1]), (2, 4, [1, 1])] in plans
     assert 0.9 in [call.kwargs.get("threshold") for call in generate.call_args_list]
 
 
 def test_memory_lengths_and_draws_decide_what_is_written(tmp_path):
-    """--memory-lengths: where prompts are written; --memory-draws: for how many of each seed's
-    fine-tuning sets. What is read without a memory is read everywhere."""
+    """At which lengths, and for how many fine-tuning sets; without a memory all is read."""
     flags = "--lengths 64 80 --memory-lengths 80 --memory-draws 2 --tasks cwe".split()
-    scores = evaluate(finished(), tmp_path / "both", *flags)["niah"]
-    for method, row in eval_niah.ROWS.items():
-        places = {(one["seed"], one["draw"]) for one in eval_niah.matching(scores, method=method)}
-        lengths = eval_niah.distinct(eval_niah.matching(scores, method=method), "length")
+    scores = evaluated(finished(), tmp_path / "both", *flags)["niah"]
+    for method, row in report.ROWS.items():
+        places = {(one["seed"], one["draw"]) for one in report.matching(scores, method=method)}
+        lengths = report.distinct(report.matching(scores, method=method), "length")
         assert places == {(0, 0), (0, 1), (1, 0), (1, 1)}
         assert lengths == ([80] if row.memory else [64, 80])
-    scores = evaluate(finished(), tmp_path / "none", *flags, "--memory-draws", 0)["niah"]
+    scores = evaluated(finished(), tmp_path / "none", *flags, "--memory-draws", 0)["niah"]
     assert not [one for one in scores if one["method"].endswith("inference")]
 
 
-# ---- sample.py -----------------------------------------------------------------------------------
-
-
-def masks(lines: list[str]) -> list[int]:
-    """How many tokens of the answer are still masked in each line that shows a step."""
-    return [line.count("_") for line in lines[:-1]]
-
-
 def test_sample_shows_each_step_and_the_answer(capsys):
-    """One token fewer is masked after each pass; then comes the answer, and --quiet shows it
-    alone."""
+    """One token fewer is masked after each pass; then comes the answer, and --quiet shows it alone.
+    --steps 2 commits half of the answer each time, --threshold 0 everything at once, and blocks are
+    finished from left to right."""
+
+    def masks(*flags) -> list[int]:
+        """How many tokens of the answer are still masked in each line that shows a step."""
+        return [line.count("_") for line in say(capsys, finished(), *flags)[:-1]]
+
+    assert masks("--length", 6) == [5, 4, 3, 2, 1, 0]
     lines = say(capsys, finished(), "--length", 6)
-    assert masks(lines) == [5, 4, 3, 2, 1, 0]
     assert say(capsys, finished(), "--length", 6, "--quiet") == lines[-1:]
-
-
-def test_sample_steps_blocks_and_threshold(capsys):
-    """--steps 2 commits half of the answer each time, blocks are finished from left to right, and
-    --threshold 0 commits everything at once."""
-    assert masks(say(capsys, finished(), "--length", 8, "--steps", 2)) == [4, 0]
-    assert masks(say(capsys, finished(), "--length", 8, "--threshold", 0)) == [0]
+    assert masks("--length", 8, "--steps", 2) == [4, 0]
+    assert masks("--length", 8, "--threshold", 0) == [0]
     lines = say(capsys, finished(), "--length", 8, "--block-length", 4)
     assert all(line.endswith(" _ _ _ _") for line in lines[:4])
 
 
 def test_sample_is_reproducible_and_its_flags_matter(capsys):
-    """The same words for the same flags, and others for each flag that decides them. (A memory may
-    leave the words of so small a model as they are.)"""
-    plain = say(capsys, finished(), "--length", 12)
+    """(A memory may leave the words of so small a model as they are: only their number is seen.)"""
     hot = ["--length", 12, "--temperature", 3]
-    assert say(capsys, finished(), "--length", 12) == plain
-    assert say(capsys, finished(), *hot) == say(capsys, finished(), *hot) != plain
-    assert say(capsys, finished(), *hot) != say(capsys, finished(), *hot, "--seed", 1)
-    assert say(capsys, finished(), *hot) != say(capsys, finished(), *hot, "--cfg-scale", 1e4)
-    assert say(capsys, finished(), *hot) != say(capsys, finished(), *hot, "--model", "base")
-    assert say(capsys, finished(), *hot) != say(capsys, finished(), *hot, "--draw", 1)
-    written = ["--memory", "--write-lr", 5, "--write-rank", 4, "--write-passes", 2]
-    assert len(say(capsys, finished(), *hot, *written)) == len(plain)
+    usual = say(capsys, finished(), *hot)
+    assert say(capsys, finished(), *hot) == usual != say(capsys, finished(), "--length", 12)
+    for flag in ("--seed 1", "--cfg-scale 1e4", "--model base", "--draw 1"):
+        assert say(capsys, finished(), *hot, *flag.split()) != usual, flag
+    written = "--memory --write-lr 5 --write-rank 4 --write-passes 2".split()
+    assert len(say(capsys, finished(), *hot, *written)) == len(usual)
 
 
-# ---- the command line itself ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("program", [memdlm, sample, eval_niah])
-def test_no_flag_is_without_a_test(program):
+def test_no_flag_is_without_a_test():
     """Each flag that --help lists is named in these tests."""
-    folder = Path(__file__).parent
-    tested = "\n".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
-    for flag in set(re.findall(r"--[a-z][a-z-]+", program.build_parser().format_usage())):
-        assert re.search(rf"{flag}(?![\w-])", tested), f"{flag} is not tested"
+    texts = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py")]
+    for program in (tiny, ask, evaluate):
+        for flag in set(re.findall(r"--[a-z][a-z-]+", program.build_parser().format_usage())):
+            pattern = rf"{flag}(?![\w-])"
+            assert any(re.search(pattern, text) for text in texts), f"{flag} is not tested"

@@ -1,6 +1,5 @@
 """
-test_memory.py: the noise (Sec. 2.1), the pre-anchor, and the inner loop that writes a memory
-(Sec. 3), against the formulas written out the slow way (slow.py).
+test_memory.py: noise, pre-anchor and inner loop (Sec. 3), against the formulas (slow.py).
 """
 
 import math
@@ -11,15 +10,14 @@ import numpy as np
 import pytest
 import slow
 import torch
-from slow import assert_set_equals, fast_loop, one_set, seeded, some_rows
+from slow import assert_set_equals, one_set, seeded, some_rows, with_prefixes
 from teaching import assert_same
 
 import data
 import memdlm
 from data import Batch
+from lab import variants
 from memdlm import Anchor, Memory, draw_anchor, draw_pre_anchor, init_fast
-
-# ---- the forward process (Eqs. 1 and 2) ----------------------------------------------------------
 
 
 @pytest.mark.step1
@@ -98,12 +96,9 @@ def test_the_loss_is_eq_2(model, batch, anchor):
 @pytest.mark.step2
 @torch.no_grad()
 def test_the_expected_loss_is_the_any_order_likelihood(model):
-    """Why the weight is 1/t (Sahoo et al. 2024): averaged over t and masks, the loss is the
-    negative log likelihood of predicting the tokens one by one, averaged over all orders.
-
-    Three tokens, so that all 7 masks and all 3! orders can be gone through. The mean over t is a
-    Gauss-Legendre sum, exact for p(mask | t) / t; what is left is the 1e-6 in the weight.
-    """
+    """Why the weight is 1/t (Sahoo et al. 2024): averaged over t and all 7 masks of three tokens,
+    the loss is the negative log likelihood of predicting them one by one, averaged over all orders.
+    The mean over t is a Gauss-Legendre sum, exact but for the 1e-6 in the weight."""
     batch = Batch(torch.tensor([[11, 300, 42]]), torch.ones(1, 3, dtype=torch.bool), None)
     nodes, shares = np.polynomial.legendre.leggauss(6)
     expected_loss, any_order = 0.0, 0.0
@@ -117,14 +112,10 @@ def test_the_expected_loss_is_the_any_order_likelihood(model):
         for place in order:
             any_order += slow.nll(model, {}, batch, masked)[0, place].item() / math.factorial(3)
             masked[0, place] = False
-    told = f"the expected loss is {expected_loss:.4f}, the any-order likelihood {any_order / 3:.4f}"
-    right = expected_loss == pytest.approx(
-        any_order / 3, rel=1e-4
-    )  # the loss is per maskable token
+    any_order = any_order / 3  # the loss is per maskable token
+    told = f"the expected loss is {expected_loss:.4f}, the any-order likelihood {any_order:.4f}"
+    right = expected_loss == pytest.approx(any_order, rel=1e-4)
     assert right, f"{told}: they are equal if every token weighs 1/t with the t that was drawn"
-
-
-# ---- the pre-anchor (Eq. 6) ----------------------------------------------------------------------
 
 
 @pytest.mark.step4
@@ -183,14 +174,10 @@ def test_the_two_stages_are_pre_anchor_and_anchor(batch, anchor):
     assert empty.weight.isfinite().all(), "a row with nothing maskable: q is 0 / 1, not 0 / 0"
 
 
-# ---- phi_0 and one step of SGD -------------------------------------------------------------------
-
-
 @pytest.mark.step3
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
 def test_a_fresh_memory_sits_on_the_last_feed_forward_networks(model, memory, fraction):
-    """A Kaiming-uniform, B = 0, on gate, up and down of the last layers (Sec. 4.1); each set has a
-    draw of its own."""
+    """On gate, up and down of the last layers (Sec. 4.1); each set has a draw of its own."""
     fast = init_fast(model, replace(memory, fraction=fraction), 3, seeded())
     layers, parts = range(4 - int(4 * fraction), 4), ("gate", "up", "down")
     assert set(fast.weights) == {f"layers.{i}.mlp.{part}" for i in layers for part in parts}
@@ -206,42 +193,36 @@ def test_a_fresh_memory_sits_on_the_last_feed_forward_networks(model, memory, fr
         assert not torch.equal(A[0], A[1]), f"{name}: two samples share one draw"
 
 
-# ---- the inner loop (Eqs. 6-8) -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "clip_by", [pytest.param("tensor", marks=pytest.mark.step5(first=True)), "global"]
-)
-def test_each_tensor_of_each_set_is_clipped_alone(model, batch, stages, memory, clip_by):
+@pytest.mark.step5(first=True)
+def test_each_tensor_of_each_set_is_clipped_alone(model, batch, stages, memory):
     """A and B of each matrix have a norm of their own, and so has each set. The limit lies in the
-    middle of these norms: half of the tensors are shortened. (Published ablation: .684 by tensor,
-    .632 by the global norm, which is the variant "global" here.)"""
+    middle of these norms: half of the tensors are shortened."""
     fast = init_fast(model, memory, 4, seeded())
     fast = fast.with_tensors([part + 0.02 for part in fast.tensors()])  # B = 0: no gradient of A
-    stage = memdlm.with_prefixes(model, batch, stages, memory)[1]
-    free = memdlm.inner_step(model, batch, stage, fast, memory)[0]
-    steps = [after - before for after, before in zip(free.tensors(), fast.tensors())]
-    norms = torch.stack([step.flatten(1).norm(dim=1) for step in steps]) / memory.lr  # (tensors, N)
+    stage = with_prefixes(model, batch, stages, memory)[1]
+
+    def lengths(clip: float) -> torch.Tensor:
+        """Of a step on each tensor of each set, (tensors, N)."""
+        got = memdlm.inner_step(model, batch, stage, fast, replace(memory, clip=clip))[0]
+        steps = [after - before for after, before in zip(got.tensors(), fast.tensors())]
+        return torch.stack([step.flatten(1).norm(dim=1) for step in steps]) / memory.lr
+
+    norms = lengths(0.0)
     limit = norms.median().item()
     together = norms.square().sum(0, keepdim=True).sqrt().expand_as(norms)  # (tensors, N)
     over_sets = norms.square().sum(1, keepdim=True).sqrt().expand_as(norms)
-    change = replace(memory, clip=limit, clip_by=clip_by)
-    got = memdlm.inner_step(model, batch, stage, fast, change)[0]
-    moved = torch.stack(
-        [(a - b).flatten(1).norm(dim=1) / memory.lr for a, b in zip(got.tensors(), fast.tensors())]
-    )
 
     def shortened(by: torch.Tensor) -> torch.Tensor:
         return norms * (limit / (by + 1e-12)).clamp(max=1)
 
-    expected = shortened(norms if clip_by == "tensor" else together)
     mistakes = {
         "nothing is clipped": norms,
         "all tensors are clipped together, by one global norm": shortened(together),
         "the sets of a tensor are clipped together": shortened(over_sets),
         "short gradients are stretched to the limit": torch.full_like(norms, limit),
     }
-    assert_same(moved, expected, "the lengths of the steps, a row for each A and B", mistakes)
+    what = "the lengths of the steps, a row for each A and B"
+    assert_same(lengths(limit), shortened(norms), what, mistakes)
 
 
 @pytest.mark.step5
@@ -254,7 +235,7 @@ def test_two_stages_equal_the_slow_way(model, batch, stages, memory, fraction, c
     if not weighted:  # as where a prompt is written (Sec. 4.5)
         stages = [stage._replace(weight=torch.ones(4)) for stage in stages]
     fast = init_fast(model, memory, 1, seeded())
-    got, losses = fast_loop(model, batch, stages, fast, memory)
+    got, losses = memdlm.inner_loop(model, batch, stages, fast, memory)
     assert not any(part.requires_grad for part in (*got.tensors(), losses)), (
         "detach what you return"
     )
@@ -266,7 +247,7 @@ def test_two_stages_equal_the_slow_way(model, batch, stages, memory, fraction, c
 def test_an_inner_step_finds_its_gradient_where_gradients_are_off(model, batch, stages, memory):
     """An evaluation, which writes memories, has switched them off."""
     fast = init_fast(model, memory, 4, seeded())
-    stage = memdlm.with_prefixes(model, batch, stages, memory)[1]
+    stage = with_prefixes(model, batch, stages, memory)[1]
     usual, _ = memdlm.inner_step(model, batch, stage, fast, memory)
     try:
         with torch.no_grad():
@@ -281,8 +262,8 @@ def test_stage_1_moves_B_alone(model, batch, stages, memory):
     """With B = 0 the gradient of A is zero: the first stage writes B along random directions A, the
     second stage moves both."""
     fast = init_fast(model, memory, 4, seeded())
-    one, _ = fast_loop(model, batch, stages[:1], fast, memory)
-    two, _ = fast_loop(model, batch, stages, fast, memory)
+    one, _ = memdlm.inner_loop(model, batch, stages[:1], fast, memory)
+    two, _ = memdlm.inner_loop(model, batch, stages, fast, memory)
     for name, (A, B) in fast.weights.items():
         assert torch.equal(one.weights[name][0], A), f"{name}: A has moved in stage 1"
         assert not torch.equal(one.weights[name][1], B), f"{name}: B has not moved in stage 1"
@@ -294,7 +275,7 @@ def test_stage_1_moves_B_alone(model, batch, stages, memory):
 def test_a_stage_is_weighted_by_the_share_that_it_really_masks(model, batch, stages, memory):
     """Its loss is a mean over masked tokens with the weight 1 / (masked / maskable + 1e-6), while
     the outer loss takes the *sampled* t and divides by the maskable tokens (published code)."""
-    stage = memdlm.with_prefixes(model, batch, stages, memory)[1]
+    stage = with_prefixes(model, batch, stages, memory)[1]
     count, maskable = torch.tensor([3, 2, 5, 1]), torch.tensor([10, 9, 8, 7])
     weighted = slow.nll(model, {}, batch, stage.masked).sum(1) * (1 / (count / maskable + 1e-6))
     for sets, expected in ((4, weighted / count), (1, weighted.sum()[None] / count.sum())):
@@ -309,7 +290,7 @@ def test_a_stage_is_weighted_by_the_share_that_it_really_masks(model, batch, sta
         }
         assert_same(loss, expected, f"the loss of {sets} sets", mistakes)
     part = batch._replace(attention_mask=torch.arange(12) < torch.tensor([[12], [12], [12], [9]]))
-    stage = memdlm.with_prefixes(model, part, stages, memory)[1]
+    stage = with_prefixes(model, part, stages, memory)[1]
     hidden = slow.nll(model, {}, part, stage.masked).sum(1) * stage.weight / count
     loss = memdlm.stage_loss(model, part, stage, init_fast(model, memory, 4, seeded()), memory)
     hint = "Hand batch.attention_mask to model.run."
@@ -323,12 +304,12 @@ def test_sets_do_not_mix(model, batch, anchor, stages, memory, sets):
     is in the batch: each set is what its rows alone would write."""
     memory, each = replace(memory, clip=0.5), 4 // sets
     fast = init_fast(model, memory, sets, seeded())
-    together, _ = fast_loop(model, batch, stages, fast, memory)
+    together, _ = memdlm.inner_loop(model, batch, stages, fast, memory)
     for i in range(sets):
         own = fast.with_tensors([part[i : i + 1] for part in fast.tensors()])
         rows = slice(i * each, (i + 1) * each)
         part, _, part_stages = some_rows(rows, batch, anchor, stages)
-        alone, _ = fast_loop(model, part, part_stages, own, memory)
+        alone, _ = memdlm.inner_loop(model, part, part_stages, own, memory)
         assert_set_equals(together, one_set(alone), i)
 
 
@@ -338,9 +319,9 @@ def test_a_non_finite_loss_skips_its_own_update_alone(model, batch, stages, memo
     """One broken sample must not poison the batch. Row 1 is broken in stage 1: its memory is that
     of stage 2 alone, and the others' are what they would have been."""
     fast = init_fast(model, memory, 4, seeded())
-    usual, _ = fast_loop(model, batch, stages, fast, memory)
-    second, _ = fast_loop(model, batch, stages[1:], fast, memory)
-    broken = memdlm.with_prefixes(model, batch, stages, memory)
+    usual, _ = memdlm.inner_loop(model, batch, stages, fast, memory)
+    second, _ = memdlm.inner_loop(model, batch, stages[1:], fast, memory)
+    broken = with_prefixes(model, batch, stages, memory)
     broken[0].h[1] = bad
     got, losses = memdlm.inner_loop(model, batch, broken, fast, memory)
     told = "stage.h of row 1 is broken in stage 1; all other losses must be finite (0 * inf is NaN)"
@@ -356,7 +337,7 @@ def test_a_gradient_that_is_not_finite_skips_its_own_matrix_alone(model, batch, 
     1 stay, and all others move as they would have."""
     fast = init_fast(model, memory, 4, seeded())
     fast = fast.with_tensors([part + 0.02 for part in fast.tensors()])
-    stage = memdlm.with_prefixes(model, batch, stages, memory)[1]
+    stage = with_prefixes(model, batch, stages, memory)[1]
     usual, _ = memdlm.inner_step(model, batch, stage, fast, memory)
     broken = torch.ones(4, 1, 1, dtype=torch.float64).index_fill(0, torch.tensor(1), math.nan)
 
@@ -376,12 +357,11 @@ def test_a_gradient_that_is_not_finite_skips_its_own_matrix_alone(model, batch, 
 
 @pytest.mark.step5
 def test_nothing_masked_writes_nothing(model, batch, anchor, memory):
-    """At a small t it happens that a row has no masked token: its loss is 0 and not 0 / 0, and its
-    memory stays phi_0."""
+    """It happens at a small t: that row's loss is 0 and not 0 / 0, and its memory stays phi_0."""
     masked = batch.maskable.clone()
     masked[2] = False
-    fast, stages = init_fast(model, memory, 4, seeded()), memdlm.chain([masked], batch.maskable)
-    got, losses = fast_loop(model, batch, stages, fast, memory)
+    fast, stages = init_fast(model, memory, 4, seeded()), variants.chain([masked], batch.maskable)
+    got, losses = memdlm.inner_loop(model, batch, stages, fast, memory)
     assert losses[0, 2] == 0, f"no masked token: the loss is 0, not {losses[0, 2]} (0 / 0?)"
     for ours, start in zip(got.tensors(), fast.tensors()):
         assert torch.equal(ours[2], start[2])

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 import memdlm
 import sample
 from data import Batch
+from lab import variants
 from memdlm import Anchor, Memory
 from model import Config, Fast, Transformer, UserError, init_weights
 
@@ -25,12 +26,8 @@ def read(name: str):
     return json.loads((GOLDEN / name).read_text(encoding="utf-8"))
 
 
-# ---- tables --------------------------------------------------------------------------------------
-
-
 def check_layers(table: dict) -> None:
-    """The first adapted layer. The sign of a published fraction only says where another loss reads;
-    ours has none."""
+    """The first adapted layer. (The sign of a published fraction is about another loss.)"""
     assert table["columns"] == ["n_layers", "inner_layer_fraction", "first_adapted_layer"]
     for layers, fraction, first in table["rows"]:
         memory = Memory(fraction=abs(fraction))
@@ -57,7 +54,7 @@ def check_states(table: list[dict]) -> None:
     for row in table:
         places = torch.arange(row["n_maskable"] + 3)[None]  # three more are not maskable
         maskable, masked = places < row["n_maskable"], places < row["n_anchor_masked"]
-        memory = Memory(steps=row["K"], start_scale=row["start_scale"])
+        memory = variants.memory_of({"memory_steps": row["K"], "start_scale": row["start_scale"]})
         anchor = Anchor(torch.ones(1), masked)
         stages = memdlm.make_stages(anchor, maskable, memory, torch.Generator())
         assert [stage.masked.sum() for stage in stages] == row["n_masked_per_stage"], row
@@ -72,8 +69,8 @@ def check_loss_weight(table: dict) -> None:
     masked = batch.x0 == 5
     nll = -model(memdlm.corrupt(batch.x0, masked, 8)).log_softmax(-1)[0, 5, 5]
     for t, alpha, weight in zip(table["t"], table["alpha"], table["weight"], strict=True):
-        loss = memdlm.mdlm_loss(model, batch, Anchor(torch.tensor([t]), masked), norm="batch")
-        assert (loss / nll).item() == pytest.approx(weight, rel=1e-4), t
+        loss = memdlm.mdlm_loss(model, batch, Anchor(torch.tensor([t]), masked))
+        assert (loss * 8 / nll).item() == pytest.approx(weight, rel=1e-4), t  # 8 are maskable
         assert 1 - t == pytest.approx(alpha, abs=1e-4)
 
 
@@ -87,8 +84,7 @@ CHECKS = {
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_tables(name):
-    tables = {**read("memory/tables.json"), **read("memory_tables.json")}
-    CHECKS[name](tables[name])
+    CHECKS[name]({**read("memory/tables.json"), **read("memory_tables.json")}[name])
 
 
 @pytest.mark.step7(first=True)
@@ -100,10 +96,7 @@ def test_commit_schedules():
         assert ours == quotas, f"{tokens} tokens in {steps} steps are {quotas}, not {ours}"
 
 
-# ---- a recorded model, its inner loop, its gradients and its answers -----------------------------
-
-# The published name of a module -> ours; first those outside of the layers.
-MODULES = {"wte": "embedding", "ln_f": "norm", "ff_out": "output"}
+MODULES = {"wte": "embedding", "ln_f": "norm", "ff_out": "output"}  # published name -> ours
 IN_LAYER = {
     "attn_norm": "attention_norm",
     "q_proj": "attention.q",
@@ -144,15 +137,14 @@ def test_inner_loop_outer_loss_and_gradients(dense):
     record = load_file(GOLDEN / f"memory/{name}.safetensors")
     batch = Batch(record["in.input_ids"], record["in.labels"] != -100, None)
     anchor = Anchor(record["anchor.t"], record["anchor.masked"].bool())
-    stages = memdlm.chain([record["stage0.masked"].bool(), anchor.masked], batch.maskable)
+    stages = variants.chain([record["stage0.masked"].bool(), anchor.masked], batch.maskable)
     memory = Memory(rank=4, alpha=8.0, fraction=0.25)
     start = load_file(GOLDEN / "memory" / entry["init_file"])
     start = {our_name(name): tensor[None] for name, tensor in start.items()}
     matrices = memdlm.adapted_matrices(dense, memory)
     fast = Fast({name: (start[f"{name}.A"], start[f"{name}.B"]) for name in matrices}, scale=2.0)
 
-    with_prefixes = memdlm.with_prefixes(dense, batch, stages, memory)
-    after, _ = memdlm.inner_loop(dense, batch, with_prefixes, fast, memory)
+    after, _ = memdlm.inner_loop(dense, batch, stages, fast, memory)
     for name in entry["adapter_param_names_in_order"]:
         matrix, _, letter = our_name(name).rpartition(".")
         ours = dict(zip("AB", after.weights[matrix]))[letter][0]

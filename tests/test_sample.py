@@ -1,23 +1,27 @@
 """
-test_sample.py: generation. What must hold whatever the model: the sampler commits what it says it
-commits, never takes it back, and answers each prompt as if it were alone.
+test_sample.py: generation, and writing a prompt into the weights (Sec. 4.5). The sampler commits
+what it says it commits, never takes it back, and answers each prompt as if it were alone. A memory
+knows its own prompt alone, and is made by the steps of training's inner loop.
 """
 
 import math
 from itertools import pairwise
 
 import pytest
+import slow
 import torch
-from slow import merge, one_set, prompts_of, seeded
+from slow import assert_set_equals, by_name, merge, one_set, prompts_of, seeded
 from teaching import assert_same
 from torch.func import functional_call
 
 import data
+import memdlm
+from data import Batch
+from lab import variants
+from lab.variants import WRITE_RULES
 from memdlm import Memory, init_fast
 from model import UserError
-from sample import choose_tokens, generate, guided_logits, plan_blocks, select
-
-# ---- plans ---------------------------------------------------------------------------------------
+from sample import Write, choose_tokens, generate, guided_logits, plan_blocks, select, write_prompt
 
 PLANS = [  # length, steps, block length -> tokens committed by each pass, block by block
     (8, None, None, [[1] * 8]),
@@ -44,9 +48,8 @@ def record(model, prompts, blocks, **options) -> tuple[list[torch.Tensor], int]:
 @pytest.mark.step7
 @pytest.mark.parametrize(("length", "steps", "block_length", "quotas"), PLANS)
 def test_each_pass_commits_its_quota_in_each_row(model, length, steps, block_length, quotas):
-    """The plan of LLaDA's generate.py: as even as whole numbers allow, since many tokens at once
-    are predicted without seeing each other; each block is finished before those on its right. What
-    is committed stays, and the prompt is only read."""
+    """The plan of LLaDA's generate.py: as even as can be, and each block is finished before those
+    on its right. What is committed stays, and the prompt is only read."""
     blocks = plan_blocks(length, steps, block_length)
     assert [block.quotas for block in blocks] == quotas, "as even as can be, the larger ones first"
     prompts = prompts_of(3, 5)
@@ -64,34 +67,15 @@ def test_each_pass_commits_its_quota_in_each_row(model, length, steps, block_len
             assert not changed.any() or done[:, : 5 + block.start].all(), "a block came too early"
 
 
-def test_a_plan_that_cannot_be_kept_is_refused():
-    """Three blocks need three passes."""
-    for steps in (0, 2):
-        with pytest.raises(UserError, match="steps"):
-            plan_blocks(12, steps, 4)
-
-
-# ---- the choice of tokens ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_suppressed_token_is_never_chosen_and_takes_no_confidence(temperature):
-    """A committed [MASK] would look like an open place. Confidence is the probability among the
-    tokens that are left."""
-    logits = torch.zeros(200, 9)
-    logits[:, [3, 8]] = 50.0
-    tokens, confidence = choose_tokens(logits, temperature, seeded(), [3, 8])
-    assert not torch.isin(tokens, torch.tensor([3, 8])).any()
-    torch.testing.assert_close(confidence, torch.full((200,), 1 / 7))
-
-
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 3.0])
 def test_sampled_frequencies_are_softmax_of_logits_over_temperature(temperature):
-    """Gumbel-max: of 8000 draws each share is within five standard deviations. Confidence stays the
-    model's own probability, at temperature 1; and temperature 0 takes the most probable token."""
+    """Gumbel-max: of 8000 draws each share is within five standard deviations; temperature 0 takes
+    the most probable token. Confidence stays the model's own probability, at temperature 1. A token
+    that is suppressed, here the most probable one, is never drawn and takes no confidence."""
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 9.0]).expand(8000, 5)
     tokens, confidence = choose_tokens(logits, temperature, seeded(1), [4])
     expected = (logits[0, :4].double() / max(temperature, 1e-9)).softmax(0)
+    assert tokens.max() < 4, "a suppressed token was chosen"
     share = torch.bincount(tokens, minlength=4).double() / 8000
     error = (share - expected).abs() / (expected * (1 - expected) / 8000).sqrt().clamp(min=1e-9)
     assert error.max() < 5, f"shares {share.tolist()}, expected {expected.tolist()}"
@@ -161,9 +145,6 @@ def test_guidance_compares_with_a_model_that_knows_nothing_of_the_prompt(model, 
     torch.testing.assert_close(got, expected.float(), rtol=0, atol=1e-5)
 
 
-# ---- generation ----------------------------------------------------------------------------------
-
-
 @pytest.mark.step7
 @torch.no_grad()
 @pytest.mark.parametrize(("quota", "threshold"), [(2, None), (1, 0.6), (1, 1.0)])
@@ -188,8 +169,7 @@ def test_each_greedy_pass_is_what_it_should_be(sharp, quota, threshold):
 
 
 def test_sampling_follows_its_generator_alone(model):
-    """Equal with one seed, different with another, and the global random state plays no part.
-    Temperature 0 uses no generator."""
+    """The global random state plays no part, and temperature 0 uses no generator."""
     prompts, blocks = prompts_of(2, 5), plan_blocks(8)
 
     def answer(temperature: float, seed: int, global_seed: int) -> list:
@@ -218,8 +198,7 @@ def test_an_answer_depends_on_its_own_prompt_alone(sharp, plan, options):
 
 
 def test_suppressed_tokens_are_never_written_and_eos_may_be(sharp):
-    """What the model would have answered is taken away, and [MASK] always is, even where it is the
-    most probable token; EOS, which ends an answer, must stay possible."""
+    """[MASK] never is, even where it is the most probable token; EOS, which ends an answer, may."""
     prompts, blocks = prompts_of(2, 6), plan_blocks(8)
     usual = generate(sharp, prompts, blocks).unique().tolist()
     answer = generate(sharp, prompts, blocks, suppress=usual)
@@ -228,3 +207,98 @@ def test_suppressed_tokens_are_never_written_and_eos_may_be(sharp):
     bias[data.EOS], bias[data.MASK] = 90.0, 99.0
     sharp.output.register_forward_hook(lambda module, inputs, logits: logits + bias)
     assert (generate(sharp, prompts, blocks) == data.EOS).all()
+
+
+MEMORY = Memory(rank=3, alpha=6.0, lr=0.5, clip=0.0, fraction=0.5)
+VARIANTS = [("paper", {"strategy": name}) for name in variants.STRATEGIES]
+VARIANTS += [("paper", {"places": "ffn+attention"}), ("surprise", {"form": "full"})]
+VARIANTS += [("paper", {"clip_by": "global", "clip": 0.1})]
+VARIANTS += [(rule, {"loss": "kl", "steps": 3, "epochs": 2}) for rule in WRITE_RULES]
+
+
+@pytest.mark.parametrize(("rule", "change"), VARIANTS, ids=str)
+def test_every_variant_of_the_inner_loop_writes_each_prompt_alone(model, rule, change):
+    """One memory for each prompt, whose draws go by the prompt's number: what else is asked changes
+    no answer. A prompt of two tokens, of which hardly anything is masked, does no harm."""
+    write = variants.write_with(by_name(lr=0.5, **change), rule, 1, 0.2, 8, None, None)
+    for length in (19, 2):
+        prompts = prompts_of(2, length)
+        together = write_prompt(model, prompts, write, seed=5)
+        for i in range(2):
+            alone = write_prompt(model, prompts[i : i + 1], write, seed=5, numbers=[i])
+            assert_set_equals(together, one_set(alone), i)
+        assert all(part.isfinite().all() for part in together.tensors())
+        assert length == 2 or all(B.any() for _, B in together.weights.values())
+
+
+@pytest.mark.parametrize("rule", WRITE_RULES)
+def test_writing_follows_seed_and_number_and_leaves_the_model_alone(model, rule):
+    """Another seed or prompt number has other draws: else one lucky draw would serve a whole
+    evaluation. The prompt goes into fast weights: the next one meets the same model."""
+    write = variants.write_with(MEMORY, rule, 1, 0.2, 8, None, None)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    prompts, keys = prompts_of(1, 19), [(5, [0]), (5, [0]), (6, [0]), (5, [1])]
+    first, again, *others = (write_prompt(model, prompts, write, *key).tensors() for key in keys)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    for other in others:
+        assert not any(torch.equal(a, b) for a, b in zip(first, other))
+    assert not any(part.requires_grad for part in first)
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_papers_rule_is_training_with_the_weight_1(model):
+    """What it adds to training's stages is only the choice of the anchor. Its draws are repeated
+    here in their order, and the steps made the slow way."""
+    prompts, generator = prompts_of(1, 19), memdlm.generator_for(5, "write", 0)
+    batch = Batch(prompts, torch.ones_like(prompts, dtype=torch.bool), None)
+    fast = memdlm.init_fast(model, MEMORY, 1, generator)
+    masked = torch.rand(1, 19, generator=generator) < 0.2
+    anchor = memdlm.Anchor(torch.ones(1), masked)
+    stages = memdlm.two_stages(anchor, batch.maskable, MEMORY, generator)
+    stages = [stage._replace(weight=torch.ones(1)) for stage in stages]
+    got = write_prompt(model, prompts, Write(MEMORY), seed=5)
+    assert_set_equals(got, slow.inner_loop(model, batch, stages, fast, MEMORY))
+
+
+def test_windows_cover_the_prompt():
+    """None is longer than trained on, only the last may overlap, a prompt's stay together."""
+    for length in range(1, 41):
+        first = torch.arange(length)
+        windows = variants.cut_windows(torch.stack([first, 1000 + first]), window=8)
+        count, width = -(-length // 8), windows.shape[1]
+        assert windows.shape == (2 * count, width)
+        assert width <= 8
+        assert torch.equal(windows[count:], windows[:count] + 1000)
+        assert (windows.diff(dim=1) == 1).all(), "a window is one piece"
+        assert set(windows[:count].flatten().tolist()) == {*range(length)}
+        assert count * width - length < width
+
+
+@torch.no_grad()
+def test_surprise_is_the_nll_under_four_complementary_masks(model):
+    """Each token is predicted exactly once, with every fourth token hidden."""
+    batch, expected = Batch(prompts_of(2, 11), torch.ones(2, 11, dtype=torch.bool), None), 0
+    for fold in range(4):
+        masked = (torch.arange(11) % 4 == fold).expand(2, 11)
+        expected = expected + slow.nll(model, {}, batch, masked)
+    got = variants.token_surprise(model, batch.x0)
+    torch.testing.assert_close(got, expected.float(), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_most_surprising_tokens_are_written_in_two_disjoint_halves(model):
+    """The least predictable 30% of each prompt, and neither half is the other's teacher."""
+    write, draws = Write(), [seeded(i) for i in range(3)]
+    windows, stages = variants.surprise_rule(
+        model, prompts_of(3, 24), write, draws, window=8, share=0.3
+    )
+    first, second = (stage.masked.view(3, 24) for stage in stages)
+    assert [stage.following for stage in stages] == [None, None]
+    assert not (first & second).any()
+    assert first.any()
+    assert second.any()
+    chosen, surprise = first | second, variants.token_surprise(model, windows).view(3, 24)
+    assert chosen.sum(1).tolist() == [math.ceil(0.3 * 24)] * 3
+    for row in range(3):
+        assert surprise[row][chosen[row]].min() >= surprise[row][~chosen[row]].max()

@@ -44,7 +44,6 @@ def denoising_loss(
     h: Tensor,
     start: int = 0,
     fast: Fast | None = None,
-    norm: str = "token",
 ) -> Tensor:
     """h (B, T, D), what layer `start` reads on x_t -> the loss of Eq. 2, a scalar."""
     h = model.run(h, start, None, batch.attention_mask, fast)
@@ -139,14 +138,12 @@ def memdlm_loss(
     stages: list[Stage],
     fast: Fast,
     memory: Memory,
-    norm: str = "token",
 ) -> tuple[Tensor, Tensor]:
     """stages (without h) and phi_0 -> the outer loss, a scalar, and the inner losses (K, N)."""
-    stages = memdlm.with_prefixes(model, batch, stages, memory)
     fast, inner = memdlm.inner_loop(model, batch, stages, fast, memory)
     start = memory.first_layer(len(model.layers))
     h = memdlm.prefix(model, batch, anchor.masked, memory)  # anew, with a graph: it trains too
-    return denoising_loss(model, batch, anchor, h, start, fast, norm), inner
+    return denoising_loss(model, batch, anchor, h, start, fast), inner
 
 
 def train_step(model, optimizer, losses: Iterable[Tensor], clip: float) -> tuple[bool, float]:

@@ -4,10 +4,7 @@ and masks; what is measured is not measured again; tables say what the records s
 """
 
 import math
-import os
 import re
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
@@ -17,13 +14,15 @@ from running import ROOT, finished, refusal, stamps, weights
 from safetensors.torch import load_file
 from slow import gradients, seeded
 from teaching import TIGHT, assert_same
+from test_course import python
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import memdlm
-from data import guarded
 from exercises import analyses
 from exercises.analyses import FIGURES, VARIANTS, Line, measure, verdict
 from exercises.methods import exact_method, pretraining_with_memory
+from lab import tools, training
+from lab.tools import guarded
 
 TRAINED = [name for name, one in VARIANTS.items() if one.get("method") != "step0"]
 TRAINED = [name for name in TRAINED if "anchor_ratio" not in VARIANTS[name]]
@@ -33,10 +32,10 @@ TRAINED = [name for name in TRAINED if "anchor_ratio" not in VARIANTS[name]]
 def test_every_variant_is_another_memory(name, tmp_path, monkeypatch):
     """A setting that is misspelt, or has no effect, would leave the run's own MemDLM."""
     run = finished()  # before anything is replaced
-    losses = {**dict.fromkeys(memdlm.LOSSES, 1.0), "overshoot": 0.0}
-    monkeypatch.setattr(memdlm, "measure_losses", mock.Mock(return_value=losses))
+    losses = {**dict.fromkeys(training.LOSSES, 1.0), "overshoot": 0.0}
+    monkeypatch.setattr(training, "measure_losses", mock.Mock(return_value=losses))
     monkeypatch.setattr(analyses, "score", mock.Mock(return_value={"1x": 0.5, "4x": 0.5}))
-    monkeypatch.setattr(memdlm, "METHODS", dict(memdlm.METHODS))
+    monkeypatch.setattr(training, "METHODS", dict(training.METHODS))
     record = measure(run, tmp_path, (name, 0, 0))
     assert (record["variant"], record["kept"]) == (name, {"1x": 0.5, "4x": 0.5})
     usual = weights(run)["memdlm"]
@@ -68,40 +67,32 @@ def test_the_exact_gradient_is_that_through_the_inner_loop(model, batch, memory,
 
 def test_pretraining_with_a_memory_is_pretraining_behind_an_inner_loop(model, batch, memory):
     """The same masks and the same mean: with a step size of 0 the losses are equal."""
-    usual = memdlm.METHODS["base"](model, batch, memory, seeded(4))
+    usual = training.METHODS["base"](model, batch, memory, seeded(4))
     loss = pretraining_with_memory(memory, model, batch, memory, seeded(4))
     assert loss < usual, "the inner loop has seen what is scored: that must help"
     memory.lr = 0.0
     assert_same(pretraining_with_memory(memory, model, batch, memory, seeded(4)), usual, "the loss")
 
 
-def line(name: str, paper: float, mean: float, half: float) -> Line:
-    return Line(name, paper, {"4x minus default": (mean, half)})
+def line(name: str, paper: float, *values: float) -> Line:
+    return Line(name, paper, {"4x minus default": list(values)})
 
 
 def test_the_sentence_says_what_the_intervals_allow():
-    """As in the paper, against it, or not told apart; without a paper, better or worse."""
-    lines = [line("a", -0.1, -0.2, 0.1), line("b", -0.1, 0.2, 0.1), line("c", 0.1, 0.2, 0.3)]
-    text = verdict(lines)
-    assert text == (
-        "3 differences from the default. As in the paper: a. Against it: b. "
-        "Not told apart from zero: 1."
-    )
-    own = [line("a", math.nan, -0.2, 0.1), line("b", math.nan, 0.2, math.inf)]
+    """As in the paper, against it, or not told apart; without a paper, better or worse. (Student's
+    t for two values is 12.7: the interval of 0.18 and 0.22 is 0.20 ± 0.25.)"""
+    lines = [line("a", -0.1, -0.21, -0.19), line("b", -0.1, 0.19, 0.21), line("c", 0.1, 0.18, 0.22)]
+    told = "As in the paper: a. Against it: b. Not told apart from zero: 1."
+    assert verdict(lines) == f"3 differences from the default. {told}"
+    own = [line("a", math.nan, -0.21, -0.19), line("b", math.nan, 0.2)]
     assert verdict(own) == "Clear differences from the default: a is worse."
 
 
-def command(*arguments) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    own = [sys.executable, "exercises/analyses.py", *map(str, arguments)]
-    return subprocess.run(own, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
 def test_the_command_measures_once_and_draws(tmp_path):
-    """A table with n, seeds, intervals and a sentence, and a picture for each figure; started
-    again, nothing is measured."""
-    asked = ["fig9", "--run", finished(), "--draws", 1, "--out", tmp_path / "out"]
-    first = command(*asked)
+    """A table with a sentence, and a picture; started again, nothing is measured."""
+    asked = ["exercises/analyses.py", "fig9", "--run", finished(), "--draws", 1]
+    asked += ["--out", tmp_path / "out"]
+    first = python(*asked)
     assert first.returncode == 0, first.stderr
     files = {path.name for path in (tmp_path / "out").iterdir() if path.is_file()}
     assert files == {"fig9.md", "config.json", "fig9.png"}
@@ -110,10 +101,10 @@ def test_the_command_measures_once_and_draws(tmp_path):
     assert "n = 2 fine-tuning sets, of seeds 0, 1." in text
     assert text.count("| inconsistent | -0.080 |") == 1
     assert "1 differences from the default. As in the paper: " in text
-    records = {str(p): p.stat().st_mtime_ns for p in tmp_path.rglob("record.json")}
+    records = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
     assert len(records) == 2 * 5
-    assert command(*asked).stdout == first.stdout
-    assert {str(p): p.stat().st_mtime_ns for p in tmp_path.rglob("record.json")} == records
+    assert python(*asked).stdout == first.stdout
+    assert {path: path.stat().st_mtime_ns for path in records} == records
 
 
 def test_a_ratio_writes_the_prompts_by_the_papers_rule(tmp_path, monkeypatch):
@@ -124,14 +115,11 @@ def test_a_ratio_writes_the_prompts_by_the_papers_rule(tmp_path, monkeypatch):
         measure(run, tmp_path, (name, 1, 1))
     hows = [call.args[-1] for call in asked.call_args_list]
     assert [how.anchor_ratio for how in hows] == [0.2, 0.4, 0.6, 0.8]
-    assert {(how.rule, how.memory.lr, how.passes) for how in hows} == {("paper", 0.1, 1)}
+    assert {(how.rule, how.memory.lr, how.memory.epochs) for how in hows} == {(None, 0.1, 1)}
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys, monkeypatch):
-    """An unknown figure, no run, a folder with the analyses of another run, a run of other code,
-    and a setting of figures.json that is misspelt."""
-
     def main(arguments: list[str]) -> None:
         guarded(lambda: analyses.run(arguments))
 
@@ -140,31 +128,24 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys, monkeypat
     (tmp_path / "config.json").write_text("{}")
     other = ["fig6", "--run", finished(), "--out", tmp_path]
     assert "of another run" in refusal(capsys, main, *other)
-    monkeypatch.setattr(memdlm, "read_config", mock.Mock(return_value={"student": "anna.py 1"}))
+    monkeypatch.setattr(tools, "read_config", mock.Mock(return_value={"student": "anna.py 1"}))
     assert "was trained by anna.py" in refusal(capsys, main, *other)
     monkeypatch.setitem(VARIANTS, "wrong", {"change": {"memory_stepps": 3}})
     assert "memory_stepps, which is no setting" in refusal(capsys, main, *other)
 
 
 def test_the_readmes_table_is_what_the_command_has_written():
-    """Each row of exercises/README.md: the paper's difference, ours and its interval, as they stand
-    in the record of the run, assets/analyses/analyses.md."""
-    record = (ROOT / "assets" / "analyses" / "analyses.md").read_text(encoding="utf-8")
-    written = {}
-    for text in record.splitlines():
-        cells = [cell.strip() for cell in text.split("|")[1:-1]]
+    """As they stand in the record of the run: the paper's difference, ours and its interval."""
+    tables = []
+    for path in (ROOT / "assets" / "analyses" / "analyses.md", ROOT / "exercises" / "README.md"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        tables.append([[cell.strip() for cell in line.split("|")[1:-1]] for line in lines])
+    written, shown = {}, {}
+    for cells in tables[0]:
         if len(cells) == 8 and cells[0] in VARIANTS:
             written[cells[0]] = [re.sub(r"\b0\.", ".", cells[i]) for i in (1, 6)]
-    readme = (ROOT / "exercises" / "README.md").read_text(encoding="utf-8")
-    shown = {}
-    for text in readme.splitlines():
-        cells = [cell.strip() for cell in text.split("|")[1:-1]]
+    for cells in tables[1]:
         if len(cells) == 4 and cells[1] in VARIANTS:
             shown[cells[1]] = cells[2:]
     assert shown == written
     assert set(shown) == set(VARIANTS) - {"memory from step 0"}
-
-
-def test_each_figure_of_the_analyses_is_there():
-    """Figs. 6 to 11, and what Sec. 4.6 says in its text."""
-    assert {"fig6", "fig7", "fig8", "fig9", "fig10", "fig11", "clip", "scale"} <= set(FIGURES)

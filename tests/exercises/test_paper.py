@@ -30,7 +30,8 @@ def labels(text: str) -> set[str]:
 def source_of(name: str) -> str:
     """A function, class or constant with the comment that stands above it."""
     module, _, what = name.rpartition(".")
-    path = ROOT / (module.replace(".", "/") + ".py")
+    file = module.replace(".", "/") + ".py"
+    path = next(place for place in (ROOT / file, ROOT / "lab" / file) if place.exists())
     lines = path.read_text(encoding="utf-8").splitlines()
     for node in ast.parse("\n".join(lines)).body:
         names = [getattr(node, "name", "")]

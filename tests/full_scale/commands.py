@@ -10,13 +10,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from backbones import SETTINGS, write_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
+
+from lab.tools import start
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = tempfile.TemporaryDirectory(prefix="memdlm-tests-")  # deleted when the session ends
@@ -84,8 +86,10 @@ def same_adapter(one: Path, other: Path) -> bool:
     return files[0].read_bytes() == files[1].read_bytes()
 
 
-def refusal(main: Callable, arguments: list, capsys) -> str:
-    """Runs a program that must refuse: exit code 2 and one line on stderr, which is returned."""
+def refusal(program, arguments: list, capsys) -> str:
+    """Runs a program that must refuse: exit code 2 and one line on stderr, which is returned.
+    program: "memdlm", "sample", "eval_niah", or a function that takes the arguments."""
+    main = partial(start, program) if isinstance(program, str) else program
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in arguments])

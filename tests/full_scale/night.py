@@ -3,9 +3,8 @@ night.py: the hours of the paper's tables, computed from what a pass costs.
 
     python tests/full_scale/night.py [--tflops 200] [--window-ms 12]
 
-A pass over T tokens of LLaDA-MoE computes T (2 N + 4 T D) per layer, for the N weights that a token
-meets. --tflops: what the GPU sustains in it. --window-ms: a pass over a block of up to 128 tokens
-with --cache, which takes as long as reading the weights. full_scale/bench.py measures both.
+--tflops: what the GPU sustains in a pass. --window-ms: a pass over a block of up to 128 tokens with
+--cache, which takes as long as reading the weights. full_scale/bench.py measures both.
 """
 
 import argparse

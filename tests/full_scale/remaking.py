@@ -3,7 +3,7 @@ remaking.py: takes a prompt of RULER apart, and puts it together again with our 
 
 What was drawn at random is read from the prompt. What the published code fixes (orders, words,
 frequencies, line ends) is ours: a recorded prompt that comes out equal shows that all of it is the
-same (test_golden.py), and one of ours that does, that we keep to it (test_ruler.py).
+same (test_golden.py), and one of ours that does, that we keep to it (test_prompts.py).
 """
 
 import itertools

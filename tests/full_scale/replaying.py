@@ -1,12 +1,7 @@
 """
 replaying.py: what a record of the published code is, and how its inner loops, outer losses and
-training steps are replayed. Used by test_golden.py, which replays the other kinds.
-
-Glossary
-  name here | meaning
-  record    | a JSON object, or the tensors of a file: Record
-  published | as the published code names a tensor: model.layers.3.mlp.experts.5.up_proj.weight
-  Run       | a recorded inner loop in the form in which our functions take it
+training steps are replayed. Used by test_golden.py, which replays the other kinds. "Published" is
+what the published code calls a tensor: model.layers.3.mlp.experts.5.up_proj.weight
 """
 
 import copy
@@ -23,6 +18,7 @@ from torch import Tensor
 import memdlm
 from data import Batch
 from full_scale.checkpoints import load_llada, published_name, published_tensors
+from lab import variants
 from memdlm import Anchor, Memory, Stage, corrupt, inner_loop, mdlm_loss, memdlm_loss
 from model import Fast, Transformer
 
@@ -84,16 +80,10 @@ def read(path: Path):
     return json.loads(path.read_text(encoding="utf-8"), object_hook=Record)
 
 
-# ---- models, and our counterparts of published tensors -------------------------------------------
-
-
 @lru_cache
 def load(folder: Path) -> Transformer:
-    """A recorded checkpoint. It has no tokenizer that would tell the id of [MASK].
-
-    In the published mixtures, the embedding of the padding token gets no gradient. Our models leave
-    that out, because their embeddings are trained with `--tiny` alone; so it is put in here.
-    """
+    """A recorded checkpoint. In the published mixtures, the embedding of the padding token gets no
+    gradient. Our models, whose embeddings are frozen, leave that out: it is put in here."""
     model = load_llada(folder)
     model.config.mask_id = MASK
     if model.config.moe_layers:
@@ -136,8 +126,6 @@ def make_fast(model: Transformer, tensors: dict[str, Tensor], memory: Memory) ->
     return Fast(weights, fast.scale)
 
 
-# ---- the inner loop, and the outer loss after it -------------------------------------------------
-
 STRATEGY = {
     "pmc": "consistent",
     "progressive_memory_consistent": "consistent",
@@ -177,7 +165,12 @@ def read_memory(case: Record) -> Memory:
     assert (case["norm"], case["pad_unmask"]) == ("token", "none")
     assert case["data"].startswith(("train", "infer"))
     case.about("anchor", "anchor_seed", "sync")  # how the states were drawn, by how many processes
-    return Memory(**settings)
+    return by_name(settings)
+
+
+def by_name(settings: dict) -> Memory:
+    """A memory with variants by their names."""
+    return variants.memory_of({variants.setting(name): one for name, one in settings.items()})
 
 
 def make_run(folder: Path, entry: Record, record: Record) -> Run:
@@ -199,7 +192,8 @@ def make_run(folder: Path, entry: Record, record: Record) -> Run:
     for k in range(len(entry["stages"])):
         stages.append(read_stage(record, f"stage{k}.", batch, memory, weighted))
     anchor = read_anchor(record, batch, stages[-1], case["prompt_mask_ratio"])
-    stages = memdlm.with_prefixes(model, batch, stages, memory)
+    hs = [memdlm.prefix(model, batch, stage.masked, memory).detach() for stage in stages]
+    stages = [stage._replace(h=h) for stage, h in zip(stages, hs)]
     return Run(entry, names, record, model, batch, memory, fast, anchor, stages)
 
 
@@ -209,7 +203,7 @@ def read_stage(record: Record, key: str, batch: Batch, memory: Memory, weighted:
     masked, following = record[f"{key}masked"].bool(), record.get(f"{key}next_masked")
     following = None if following is None else following.bool()
     assert torch.equal(record[f"{key}input_ids"], corrupt(batch.x0, masked, MASK))
-    if memory.loss != "ce":
+    if memory.loss is not None:  # there is a teacher
         seen = torch.zeros_like(masked) if following is None else following
         assert torch.equal(record[f"{key}teacher_input_ids"], corrupt(batch.x0, seen, MASK))
     t = record[f"{key}t"]
@@ -255,7 +249,7 @@ def compare_rows(run: Run, stage: Stage, fast: Fast, recorded: Tensor) -> None:
     """The weighted losses (B, T), summed over each row."""
     first = run.memory.first_layer(run.model.config.layers)
     h = run.model.run(stage.h, first, None, run.batch.attention_mask, fast)[stage.scored]
-    loss = memdlm.INNER_LOSSES[run.memory.loss](run.model, run.batch, stage, h, fast)
+    loss = (run.memory.loss or memdlm.cross_entropy)(run.model, run.batch, stage, h, fast)
     by_token = torch.zeros_like(recorded).masked_scatter(stage.scored, loss.detach())
     by_row = stage.weight * by_token.sum(1)
     close(by_row, recorded.sum(1), "loss", "weighted_token_loss by row")
@@ -280,12 +274,16 @@ def replay_outer(run: Run, stages: list[Stage]) -> None:
     the gradients of both."""
     model, batch, anchor, outer = run.model, run.batch, run.anchor, run.entry["outer"]
     assert WEIGHTED[run.entry["case"]["weight"]], "the outer loss has weights 1/t"
-    for norm in ("batch", "sequence", "token"):
-        suffix = "" if norm == "token" else f"_norm_{norm}"
-        loss, _ = memdlm_loss(model, batch, anchor, stages, run.fast, run.memory, norm)
-        plain = mdlm_loss(model, batch, anchor, norm)
-        close(loss, outer[f"loss_with_fast_weights{suffix}"], "loss", f"{norm}, with phi")
-        close(plain, outer[f"loss_plain_mdlm{suffix}"], "loss", f"{norm}, plain")
+    loss, _ = memdlm_loss(model, batch, anchor, stages, run.fast, run.memory)
+    plain = mdlm_loss(model, batch, anchor)
+    close(loss, outer["loss_with_fast_weights"], "loss", "with phi")
+    close(plain, outer["loss_plain_mdlm"], "loss", "plain")
+    phi, _ = inner_loop(model, batch, stages, run.fast, run.memory)
+    for fast, name in ((phi, "loss_with_fast_weights"), (None, "loss_plain_mdlm")):
+        rows = losses_of_rows(model, batch, anchor, fast)
+        by_batch = (rows * batch.maskable.sum(1)).sum() / len(rows)
+        close(rows.mean(), outer[f"{name}_norm_sequence"], "loss", f"{name}, mean of rows")
+        close(by_batch, outer[f"{name}_norm_batch"], "loss", f"{name}, by the number of rows")
     recorded = [key for key in run.record if key.startswith("outer.grad_")]
     assert recorded, "no gradient is recorded"
     parameters = dict(model.named_parameters())
@@ -296,9 +294,23 @@ def replay_outer(run: Run, stages: list[Stage]) -> None:
             close(part(grads, model, key.removeprefix(start)), run.record[key], "gradient", key)
 
 
+@torch.no_grad()
+def losses_of_rows(model, batch: Batch, anchor: Anchor, fast: Fast | None) -> Tensor:
+    """Eq. 2 for each row by itself, (B,): of them the normalisations are made that only the
+    published code has."""
+    losses = []
+    for i in range(len(batch.x0)):
+        one = Batch(*(None if part is None else part[i : i + 1] for part in batch))
+        own = Anchor(anchor.t[i : i + 1], anchor.masked[i : i + 1])
+        x_t = memdlm.embed(model, one.x0, own.masked)
+        losses.append(memdlm.denoising_loss(model, one, own, x_t, fast=fast))
+    return torch.stack(losses)
+
+
 def compare_drawing(run: Run, recorded: list[Stage]) -> None:
     """Our own draws have the recorded sizes and weights; each recorded state knows the next one."""
-    own, first = run.memory.strategy == "inconsistent", recorded[0].masked.sum(1)
+    own = STRATEGY[run.entry["case"]["strategy"]] == "inconsistent"
+    first = recorded[0].masked.sum(1)
     if own and run.entry["case"]["prompt_mask_ratio"] != 0.2:
         return  # there the masks end at this ratio, ours always at 0.2
     for seed in range(100):
@@ -346,11 +358,8 @@ def replay_start(path: Path) -> None:
         assert tensor.abs().max() <= bound, name
 
 
-# ---- training steps ------------------------------------------------------------------------------
-
-OPTIMIZER = (
-    "AdamW(betas=(0.9,0.999), eps=1e-8, weight_decay=0), no gradient clipping, base parameters only"
-)
+OPTIMIZER = "AdamW(betas=(0.9,0.999), eps=1e-8, weight_decay=0), no gradient clipping, "
+OPTIMIZER += "base parameters only"
 
 
 def replay_training(table: Record, golden: Path) -> None:
@@ -360,7 +369,7 @@ def replay_training(table: Record, golden: Path) -> None:
     assert (WEIGHTED[config["weight"]], config["norm"]) == (True, "token")
     settings = {name: config[name] for name in ("rank", "alpha", "clip", "fraction", "start_scale")}
     settings["strategy"], settings["loss"] = STRATEGY[config["strategy"]], LOSS[config["loss"]]
-    memory = Memory(lr=config["inner_lr"], steps=config["K"], **settings)
+    memory = by_name(settings | {"lr": config["inner_lr"], "steps": config["K"]})
     for kind, final in {"with_memory": "final.", "plain_mdlm_same_anchors": "final_plain."}.items():
         model = copy.deepcopy(load(golden / config["model"].partition(",")[0]))
         replay_steps(model, memory, table[kind], record, with_memory=kind == "with_memory")
@@ -383,7 +392,6 @@ def replay_steps(model, memory: Memory, run: Record, record: Record, with_memory
             loss, inner = memdlm_loss(model, batch, anchor, stages, fast, memory)
             close(inner[:, 0], step["inner_losses"], "loss", f"inner losses of step {k}")
             close(anchor.t, step["t"], "loss", f"t of step {k}")
-            stages = memdlm.with_prefixes(model, batch, stages, memory)
             fast, _ = inner_loop(model, batch, stages, fast, memory)
         else:
             loss = mdlm_loss(model, batch, anchor)
@@ -393,20 +401,19 @@ def replay_steps(model, memory: Memory, run: Record, record: Record, with_memory
         of_phi = [grad.norm() for grad in torch.autograd.grad(with_phi, phi)]
         memdlm.train_step(model, optimizer, [loss], clip=0)
         of_theta = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
-        norms = {"base_params_only": of_theta}
-        norms["including_fast_weights"] = torch.stack([of_theta, *of_phi]).norm()
+        of_all = torch.stack([of_theta, *of_phi]).norm()
         close(loss, step["outer_loss"], "loss", f"outer loss of step {k}")
-        for name, norm in norms.items():
-            close(norm, step[f"outer_grad_norm_{name}"], "gradient", f"step {k}: gradient, {name}")
+        close(of_theta, step["outer_grad_norm_base_params_only"], "gradient", f"step {k}: theta")
+        close(of_all, step["outer_grad_norm_including_fast_weights"], "gradient", f"step {k}: all")
 
 
 def read_step(model, memory: Memory, record: Record, key: str) -> tuple:
     """What a training step was given: batch, anchor, stages and phi_0, of which A is recorded."""
     batch = Batch(record[f"{key}input_ids"], record[f"{key}labels"] != -100, None)
     anchor = Anchor(record[f"{key}anchor.t"], record[f"{key}anchor.masked"].bool())
-    masks = [record[f"{key}stage{k}.masked"].bool() for k in range(memory.steps)]
+    masks = [record[f"{key}stage{k}.masked"].bool() for k in range(2)]  # K
     assert torch.equal(record[f"{key}anchor.input_ids"], corrupt(batch.x0, anchor.masked, MASK))
-    stages = memdlm.chain(masks, batch.maskable)
+    stages = variants.chain(masks, batch.maskable)
     for k, stage in enumerate(stages):
         seen = corrupt(batch.x0, stage.masked, MASK)
         assert torch.equal(record[f"{key}stage{k}.input_ids"], seen)

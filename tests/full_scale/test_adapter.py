@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbones import SETTINGS, add_random_lora, published_shapes, refused, toy_model
+from backbones import SETTINGS, add_random_lora, random_tensors, refused, toy_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
@@ -16,16 +16,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from full_scale.adapters import load_adapter, save_adapter
-from full_scale.checkpoints import add_outer_lora, count, linear_layers, published_name
+from full_scale.checkpoints import count, linear_layers, published_name
 from model import Transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of peft and transformers, about themselves
 RANK, ALPHA = 4, 8.0
-
-
-@pytest.fixture(params=SETTINGS)
-def kind(request) -> str:
-    return request.param
 
 
 class Skeleton(PreTrainedModel):
@@ -36,22 +31,20 @@ class Skeleton(PreTrainedModel):
     def __init__(self, kind: str):
         super().__init__(PretrainedConfig())
         self.kind = kind
-        for name, shape in published_shapes(SETTINGS[kind]).items():
-            *parents, last, leaf = name.split(".")
+        for name, tensor in random_tensors(SETTINGS[kind]).items():
+            path, shape = name.split("."), tensor.shape
+            leaf, router = path.pop(), kind == "llada2" and name.endswith("mlp.gate.weight")
+            bare = len(shape) == 1 or "wte" in name or "embed" in name or router
+            last = None if bare else path.pop()
             parent = self
-            for part in parents:
+            for part in path:
                 if not hasattr(parent, part):
                     parent.add_module(part, nn.Module())
                 parent = getattr(parent, part)
-            bare = kind == "llada2" and name.endswith("mlp.gate.weight")  # its router is no Linear
-            if last in ("wte", "embed_tokens", "word_embeddings"):
-                parent.add_module(last, nn.Embedding(*shape))
-            elif len(shape) == 2 and not bare:
-                parent.add_module(last, nn.Linear(shape[1], shape[0], bias=False))
+            if bare:  # no nn.Linear, so that peft's all-linear passes it by
+                parent.register_parameter(leaf, nn.Parameter(torch.ones(shape)))
             else:
-                if not hasattr(parent, last):
-                    parent.add_module(last, nn.Module())
-                setattr(getattr(parent, last), leaf, nn.Parameter(torch.ones(shape)))
+                parent.add_module(last, nn.Linear(shape[1], shape[0], bias=False))
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.transformer.ff_out if self.kind == "llada" else self.lm_head
@@ -98,10 +91,15 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         torch.testing.assert_close(delta, theirs[name].to(delta), rtol=1e-5, atol=1e-6)
 
 
-def test_an_all_linear_adapter_of_peft_loads_here(kind, tmp_path):
-    """Module by module: peft adapts what we adapt, and each matrix changes by the same amount. The
-    released MemDLM adapters are of this form. Neither the head nor LLaDA2's router is adapted."""
-    theirs = trained_by_peft(kind, tmp_path)
+STARTS = [True, False, "gaussian", "orthogonal", "mica", "eva"]
+
+
+@pytest.mark.parametrize(("kind", "start"), list(zip([*SETTINGS, "llada", "llada2"], STARTS)))
+def test_an_all_linear_adapter_of_peft_loads_here(kind, start, tmp_path):
+    """Module by module: peft adapts what we adapt, and each matrix changes by the same amount,
+    whichever A and B training started from, as long as W was left alone. The released MemDLM
+    adapters are of this form. Neither the head nor LLaDA2's router is adapted."""
+    theirs = trained_by_peft(kind, tmp_path, init_lora_weights=start)
     model = toy_model(kind, torch.float32)
     assert load_adapter(model, tmp_path) == list(linear_layers(model))
     assert len(theirs) == count(linear_layers(model).values())
@@ -111,30 +109,28 @@ def test_an_all_linear_adapter_of_peft_loads_here(kind, tmp_path):
     assert any(name.endswith("mlp.gate") for name in theirs) == kind.startswith("llada-moe")
 
 
-def test_an_adapter_of_ours_loads_in_peft(kind, tmp_path):
-    """Same modules, same change, no missing or unexpected key."""
-    model = add_random_lora(toy_model(kind, torch.float32), RANK)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_an_adapter_of_ours_loads_in_peft_and_here(kind, dtype, tmp_path):
+    """In peft: the same modules, the same change, no missing or unexpected key. Here: equal bits.
+    It is in float32 whatever the backbone is: a step of 2e-5 must not be rounded away. It is all
+    that is trained (Sec. 4.1)."""
+    model = add_random_lora(toy_model(kind, dtype), RANK)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
     save_adapter(model, tmp_path, RANK, ALPHA, 0.05, "some/backbone")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     loaded = PeftModel.from_pretrained(Skeleton(kind), tmp_path)
     assert_same(of_ours(model), of_peft(loaded))
     config = loaded.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout) == (RANK, ALPHA, 0.05)
     assert config.base_model_name_or_path == "some/backbone"
     assert type(loaded.base_model.model.get_output_embeddings()) is nn.Linear
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_saving_and_loading_here_gives_equal_bits(kind, dtype, tmp_path):
-    """It is in float32 whatever the backbone is: a step of 2e-5 must not be rounded away."""
-    model = add_random_lora(toy_model(kind, dtype), RANK)
-    save_adapter(model, tmp_path, RANK, ALPHA, 0.05, "some/backbone")
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    other = toy_model(kind, dtype)
+    other, ids = toy_model(kind, dtype), torch.arange(10)[None]
+    plain = other(ids)
     load_adapter(other, tmp_path)
-    ids = torch.arange(10)[None]
     assert torch.equal(model(ids), other(ids))
-    assert not torch.allclose(other(ids), toy_model(kind, dtype)(ids), atol=1e-3)
+    assert not torch.allclose(other(ids), plain, atol=1e-3)
 
 
 def test_an_adapter_of_some_layers_and_experts_changes_nothing_else(tmp_path):
@@ -152,84 +148,42 @@ def test_an_adapter_of_some_layers_and_experts_changes_nothing_else(tmp_path):
     assert all((delta == 0).all() for delta in ours.values())
 
 
-@pytest.mark.parametrize("start", [False, "gaussian", "orthogonal", "mica", "eva"])
-def test_starts_that_leave_the_backbone_alone_load(tmp_path, start):
-    """They only choose the first A and B, which training changes."""
-    theirs = trained_by_peft("llada-moe", tmp_path, init_lora_weights=start)
-    model = toy_model("llada-moe", torch.float32)
-    load_adapter(model, tmp_path)
-    assert_same(of_ours(model), theirs)
-
-
-# ---- what does not fit -----------------------------------------------------------------------
-
-
-def in_config(**changes):
-    def spoil(folder: Path) -> None:
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return spoil
-
-
-def in_tensors(changes: dict):
-    """None: that tensor is missing."""
-
-    def spoil(folder: Path) -> None:
-        path = folder / "adapter_model.safetensors"
-        tensors = load_file(path) | changes
-        save_file({name: t for name, t in tensors.items() if t is not None}, path)
-
-    return spoil
-
-
 PEFT, ONES = "base_model.model.", torch.ones(RANK, 32)
 HEAD = f"{PEFT}lm_head.lora_A.weight"
 NAME = f"{PEFT}model.layers.0.self_attn.q_proj.lora_A.weight"
 EXPERT = f"{PEFT}model.layers.0.mlp.experts.8.up_proj.lora_A.weight"
-FAULTS = {
-    "PiSSA": (in_config(init_lora_weights="pissa_niter_4"), "init_lora_weights = 'pissa_niter_4'"),
-    "aLoRA": (in_config(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens = "),
-    "DoRA": (in_config(use_dora=True), "use_dora = True"),
-    "ranks of their own": (in_config(rank_pattern={"q_proj": 2}), "rank_pattern = "),
-    "whole modules": (in_config(modules_to_save=["lm_head"]), "modules_to_save = "),
-    "biases": (in_config(bias="all"), "bias = 'all'"),
-    "another method": (in_config(peft_type="IA3"), "peft_type = 'IA3'"),
-    "a setting of tomorrow": (in_config(use_tomorrow=True), "use_tomorrow = True"),
-    "rank true": (in_config(r=True), "r = True"),
-    "another rank": (in_config(r=RANK + 1), "does not fit this backbone"),
-    "a large rank": (in_config(r=10**7), "does not fit this backbone"),
-    "alpha NaN": (in_config(lora_alpha=float("nan")), "lora_alpha = nan"),
-    "dropout 1": (in_config(lora_dropout=1), "lora_dropout = 1"),
-    "a wrong shape": (in_tensors({NAME: torch.ones(RANK, 7)}), NAME),
-    "half a pair": (in_tensors({NAME: None}), NAME),
-    "an adapted head": (in_tensors({HEAD: ONES}), "lm_head"),
-    "an expert too many": (in_tensors({EXPERT: ONES}), "experts.8"),
-    "no tensors": (lambda f: save_file({}, f / "adapter_model.safetensors"), "it is empty"),
-    "no config": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json is missing"),
-}
+# What is put into adapter_config.json, or among the tensors (None: it is missing), and what the
+# error must name.
+FAULTS = [
+    ({"init_lora_weights": "pissa_niter_4"}, {}, "init_lora_weights = 'pissa_niter_4'"),
+    ({"use_dora": True}, {}, "use_dora = True"),
+    ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save = "),
+    ({"rank_pattern": {"q_proj": 2}}, {}, "rank_pattern = "),
+    ({"bias": "all"}, {}, "bias = 'all'"),
+    ({"peft_type": "IA3"}, {}, "peft_type = 'IA3'"),
+    ({"use_tomorrow": True}, {}, "use_tomorrow = True"),
+    ({"r": True}, {}, "r = True"),
+    ({"r": 10**7}, {}, "does not fit this backbone"),
+    ({"lora_alpha": float("nan")}, {}, "lora_alpha = nan"),
+    ({"lora_dropout": 1}, {}, "lora_dropout = 1"),
+    ({}, {NAME: torch.ones(RANK, 7)}, NAME),
+    ({}, {NAME: None}, NAME),
+    ({}, {HEAD: ONES}, "lm_head"),
+    ({}, {EXPERT: ONES}, "experts.8"),
+    ({}, None, "it is empty"),
+]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_what_does_not_fit_is_one_error(tmp_path, fault):
+@pytest.mark.parametrize(("settings", "tensors", "named"), FAULTS, ids=range(len(FAULTS)))
+def test_what_does_not_fit_is_one_error(tmp_path, settings, tensors, named):
     """Half an adapter, or one of another backbone, would go unnoticed. PiSSA and OLoRA start from
     another W, which is not in the adapter."""
-    spoil, named = FAULTS[fault]
-    model = toy_model("llada-moe", torch.float32)
+    model, weights = toy_model("llada-moe", torch.float32), tmp_path / "adapter_model.safetensors"
     save_adapter(add_random_lora(model, RANK), tmp_path, RANK, ALPHA, 0.0, "b")
-    spoil(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    kept = {} if tensors is None else load_file(weights) | tensors
+    save_file({name: tensor for name, tensor in kept.items() if tensor is not None}, weights)
     said = refused(load_adapter, toy_model("llada-moe", torch.float32), tmp_path)
     assert str(tmp_path) in said
     assert named in said
-
-
-def test_the_outer_lora_trains_its_own_matrices_and_nothing_else(model):
-    """theta is the outer LoRA alone, on attention and feed-forward network of every layer, and
-    never on the output head (Sec. 4.1)."""
-    add_outer_lora(model, 3, 6.0, 0.0, torch.Generator().manual_seed(2))
-    parts = [f"attention.{part}" for part in "qkvo"] + [f"mlp.{p}" for p in ("gate", "up", "down")]
-    adapted = {f"layers.{i}.{part}" for i in range(4) for part in parts}
-    assert set(linear_layers(model)) == adapted
-    trained = {f"{name}.lora_{letter}" for name in adapted for letter in "AB"}
-    for name, p in model.named_parameters():
-        assert p.requires_grad == (name in trained), name

@@ -1,7 +1,6 @@
 """
-test_babilong.py: BABILong's stories and prompts, and bAbI's own files. A reader of the text alone,
-with regular expressions and no view of the simulation, must arrive at each answer. That the wording
-is the published one, test_golden.py shows; what holds for all benchmarks alike, test_prompts.py.
+test_babilong.py: BABILong's stories and prompts, and bAbI's own files. A reader of the text alone
+must arrive at each answer. That the wording is the published one, test_golden.py shows.
 """
 
 import random
@@ -39,21 +38,25 @@ class Reader:
     """Follows facts. A place that was not told is an unknown, until it proves to be another's."""
 
     def __init__(self, facts: list[str]):
-        self.at, self.same, self.holder = {}, {}, {}  # same: unknown place -> the place that it is
+        self.where, self.same, self.holder = (
+            {},
+            {},
+            {},
+        )  # same: unknown place -> the place that it is
         self.ways, self.gifts, self.spots = {}, [], {}
-        self.left, self.doubt, self.handled = {}, {}, set()
+        self.left, self.doubt = {}, {}
         for fact in facts:
             (kind,) = [kind for kind, form in FACTS.items() if re.fullmatch(form, fact)]
-            getattr(self, {"at": "at_"}.get(kind, kind))(*re.fullmatch(FACTS[kind], fact).groups())
+            getattr(self, kind)(*re.fullmatch(FACTS[kind], fact).groups())
             for thing, holder in self.holder.items():
-                self.at[thing] = self.place(holder)
-                self.ways.setdefault(thing, []).append(self.at[thing])
+                self.where[thing] = self.place(holder)
+                self.ways.setdefault(thing, []).append(self.where[thing])
 
     def root(self, place: str) -> str:
         return self.root(self.same[place]) if place in self.same else place
 
     def place(self, name: str) -> str:
-        return self.root(self.at.setdefault(name, f"? {name}"))
+        return self.root(self.where.setdefault(name, f"? {name}"))
 
     def meet(self, one: str, other: str) -> None:
         unknown, known = sorted([self.place(one), self.place(other)])  # "?" before any letter
@@ -63,48 +66,45 @@ class Reader:
 
     def go(self, who: str, to: str) -> None:
         assert self.place(who) != to, "has been there all along"
-        self.is_at(who, to)
+        self.arrive(who, to)
 
-    def is_at(self, who: str, to: str) -> None:
-        self.at[who] = to
+    def arrive(self, who: str, to: str) -> None:
+        self.where[who] = to
         self.left.pop(who, None), self.doubt.pop(who, None)
 
-    def at_(self, who: str, to: str) -> None:
+    def at(self, who: str, to: str) -> None:
         assert self.place(who) in (to, f"? {who}"), "was somewhere else a moment ago"
         assert self.left.get(who) != to
         assert to in self.doubt.get(who, [to])
-        self.is_at(who, to)
+        self.arrive(who, to)
 
     def leave(self, who: str, place: str) -> None:
         assert self.place(who) == place, "was not there"
         self.absent(who, place)
 
     def absent(self, who: str, place: str) -> None:
-        self.at.pop(who, None)
+        self.where.pop(who, None)
         self.doubt.pop(who, None)
         self.left[who] = place
 
     def either(self, who: str, *places: str) -> None:
-        self.at.pop(who, None)
+        self.where.pop(who, None)
         self.doubt[who] = places
 
     def take(self, who: str, what: str) -> None:
-        self.handled.add(who)
         assert what not in self.holder, "somebody has it"
         self.meet(who, what)
         self.holder[what] = who
 
     def drop(self, who: str, what: str) -> None:
         assert self.holder.pop(what, None) == who, "does not have it"
-        self.handled.add(who)
-        self.at[what] = self.place(who)
+        self.where[what] = self.place(who)
 
     def give(self, who: str, what: str, to: str) -> None:
         assert who != to
         self.drop(who, what)
         self.meet(who, to)
         self.holder[what] = to
-        self.handled.add(to)
         self.gifts.append((who, what, to))
 
     def side(self, one: str, side: str, other: str) -> None:
@@ -117,34 +117,28 @@ class Reader:
     def answers(self) -> list[tuple[str, str]]:
         """(question, answer): all that follows from the facts."""
         found = []
-        for name in self.at:
-            the = "" if name[0].isupper() else "the "
-            found.append((f"Where is {the}{name}?", self.place(name)))
-        for name, place in self.at.items():
-            if not self.place(name).startswith("?"):
-                for other in {*babilong.PLACES, *babilong.TOWN}:
-                    said = "yes" if other == self.root(place) else "no"
-                    found.append((f"Is {name} in the {other}?", said))
-        found += [(f"Is {name} in the {place}?", "no") for name, place in self.left.items()]
-        for name, places in self.doubt.items():
-            for other in babilong.TOWN:
-                said = "maybe" if other in places else "no"
-                found.append((f"Is {name} in the {other}?", said))
-        for name in {*self.at, *self.handled}:
+        for name in self.where:
+            the, place = "" if name[0].isupper() else "the ", self.place(name)
+            found.append((f"Where is {the}{name}?", place))
+            for other in {*babilong.PLACES, *babilong.TOWN}:
+                if not place.startswith("?"):
+                    found.append((f"Is {name} in the {other}?", "yes" if other == place else "no"))
             load = sorted(what for what, holder in self.holder.items() if holder == name)
             number = ["none", "one", "two", "three"][len(load)]
             found.append((f"How many objects is {name} carrying?", number))
             found.append((f"What is {name} carrying?", ",".join(load) or "nothing"))
+        found += [(f"Is {name} in the {place}?", "no") for name, place in self.left.items()]
+        for name, places in self.doubt.items():
+            for other in babilong.TOWN:
+                found.append((f"Is {name} in the {other}?", "maybe" if other in places else "no"))
         for what, way in self.ways.items():
             for before, place in pairwise(map(self.root, way)):
                 if before != place:
                     found.append((f"Where was the {what} before the {place}?", before))
         for who, what, to in self.gifts:
-            found.append((f"What did {who} give to {to}?", what))
-            found.append((f"Who gave the {what} to {to}?", who))
+            found += [(f"What did {who} give to {to}?", what), (f"Who gave the {what}?", who)]
+            found += [(f"Who gave the {what} to {to}?", who), (f"Who received the {what}?", to)]
             found.append((f"Who did {who} give the {what} to?", to))
-            found.append((f"Who gave the {what}?", who))
-            found.append((f"Who received the {what}?", to))
         for one, other in permutations(self.spots, 2):
             for side, step in STEPS.items():
                 if self.spots[one] - self.spots[other] in (step, 2 * step):
@@ -159,33 +153,16 @@ def reply(facts: list[str], asked: str) -> str:
     return answer
 
 
-def test_reader_notices_what_is_impossible():
-    """So that it can vouch for our stories."""
-    facts = ["Mary went to the office.", "Mary got the milk.", "John went to the hallway."]
-    assert reply(facts, "Where is the milk?") == "office"
-    for deed in (
-        "dropped the apple",
-        "took the milk",
-        "gave the milk to John",
-        "went to the office",
-    ):
-        with pytest.raises(AssertionError):
-            Reader([*facts, f"Mary {deed}."])
-
-
 @EVERY
 def test_answer_follows_from_the_facts_alone(task):
-    """What a reader finds is the target and nothing else, and nothing impossible happens on the
-    way: nobody takes what is elsewhere, gives what he has not, or goes where he is.
-
-    Stories have all sizes. No label is a good guess, and each is right now and then.
-    """
+    """A reader finds the target and nothing else, and nothing impossible on the way. Stories have
+    all sizes; no label is a good guess, and each is right now and then."""
     stories = [babilong.make_story(task, random.Random(f"{task} {i}")) for i in range(400)]
     for story in stories:
         assert reply(story.facts, story.question) == story.target, story
     low, high = babilong.STORY_SIZES[task]
     assert len(babilong.make_story(task, random.Random(0), most=low).facts) == low
-    sizes = {len(story.facts) for story in stories}
+    sizes = [len(story.facts) for story in stories]
     assert low <= min(sizes) <= max(sizes) <= high
     assert max(sizes) - min(sizes) >= (high - low) * 2 / 3
     targets = Counter(part for story in stories for part in story.target.split(","))
@@ -214,7 +191,7 @@ def split_context(context: str) -> tuple[list[str], str]:
     return facts, " ".join(context.split())
 
 
-@pytest.mark.parametrize("protocol", ["original", "harness"])
+@pytest.mark.parametrize("protocol", babilong.BABILONG_PROTOCOLS)
 @EVERY
 def test_answer_follows_from_the_prompt(task, protocol):
     """The facts stand in it whole and in order; the rest is sentences that follow each other."""
@@ -227,22 +204,19 @@ def test_answer_follows_from_the_prompt(task, protocol):
 def test_facts_lie_anywhere():
     """At random places, the two ends among them: no place is a shortcut."""
     first = last = 0
-    for question in ask("qa1", 200, 2600):
-        context = context_of(question)
+    for context in map(context_of, ask("qa1", 200, 2600)):
         facts, _ = split_context(context)
         first += context.startswith(facts[0])
         last += context.endswith(facts[-1])
-    assert 0.05 < first / 200 < 0.5
-    assert 0.05 < last / 200 < 0.5
-
-
-def test_built_in_text_names_nobody_and_nothing_of_a_story():
-    words = {*babilong.OBJECTS, *babilong.PLACES, *babilong.TOWN}.union(*babilong.PEOPLE.values())
-    assert not [word for word in words if word.lower() in babilong.BACKGROUND.lower()]
+    assert 10 < first < 100
+    assert 10 < last < 100
 
 
 def test_text_of_the_users_is_the_background():
-    """Its short sentences are passed over; the last one is cut, and the first follows the last."""
+    """Its short sentences are passed over; the last one is cut, and the first follows the last. The
+    built-in text names nobody and nothing of a story."""
+    words = {*babilong.OBJECTS, *babilong.PLACES, *babilong.TOWN}.union(*babilong.PEOPLE.values())
+    assert not [word for word in words if word.lower() in babilong.BACKGROUND.lower()]
     one = "One two three four five six seven eight nine ten."
     other = "Uno dos tres cuatro cinco seis siete ocho\nnueve diez!"
     style = STYLE._replace(haystack=f"Too short. {one} Nor is this! {other} The end")
@@ -253,8 +227,6 @@ def test_text_of_the_users_is_the_background():
         with pytest.raises(UserError, match=r"^[^\n]*--haystack[^\n]*ten words[^\n]*$"):
             ask("qa1", 1, style=STYLE._replace(haystack=text))
 
-
-# ---- bAbI's own files ----------------------------------------------------------------------------
 
 PUBLISHED = """1 Mary moved to the bathroom.
 2 John went to the hallway.
@@ -268,12 +240,13 @@ PUBLISHED = """1 Mary moved to the bathroom.
 
 def babi(folder: Path, text: str = PUBLISHED, name: str = "qa1_x_train.txt") -> Style:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(text)
+    (folder / name).write_text(text, encoding="latin-1")
     return STYLE._replace(babi=folder)
 
 
 def test_each_published_question_is_asked_once(tmp_path):
-    """It has all earlier facts of its story, without the earlier questions. Three is all."""
+    """It has all earlier facts of its story, without the earlier questions. Three is all; a length
+    has room for stories of (length - 300) // 8 facts."""
     style, found = babi(tmp_path), {}
     for question in ask("qa1", 3, style=style):
         facts, _ = split_context(context_of(question))
@@ -286,21 +259,12 @@ def test_each_published_question_is_asked_once(tmp_path):
     }
     with pytest.raises(UserError, match=r"has 3 questions [^\n]*: lower --samples\.$"):
         ask("qa1", 4, style=style)
-
-
-def test_published_questions_are_mixed(tmp_path):
-    """Neighbours in the file are about one story; a few samples shall be about many."""
-    text = "".join(f"1 Ann went to the a{i}.\n2 Where is Ann? \ta{i}\t1\n" for i in range(10, 50))
-    found = [question.references for question in ask("qa1", 8, style=babi(tmp_path, text))]
-    assert len(set(found)) == 8
-    assert found != sorted(found)
-
-
-def test_published_stories_keep_to_an_eighth_of_the_length(tmp_path):
-    """Stories of at most (length - 300) // 8 facts are asked."""
-    style = babi(tmp_path)._replace(encode=lambda text, prefix: text.split())  # a word is a token
+    style = style._replace(encode=lambda text, prefix: text.split())  # a word is a token
     assert {q.references[0] for q in ask("qa1", 2, 323, style)} == {"bathroom", "office"}
     assert {q.references[0] for q in ask("qa1", 3, 324, style)} == {"bathroom", "hallway", "office"}
+    text = "".join(f"1 Ann went to the a{i}.\n2 Where is Ann? \ta{i}\t1\n" for i in range(10, 50))
+    answers = [question.references for question in ask("qa1", 8, style=babi(tmp_path / "b", text))]
+    assert answers != sorted(answers), "they are not mixed: a few samples shall be of many stories"
 
 
 def test_published_files_are_found_in_subfolders(tmp_path):
@@ -314,27 +278,20 @@ def test_published_files_are_found_in_subfolders(tmp_path):
     assert ask("qa1", 1, style=style)[0].references == ("garden",)
 
 
-BAD = [
-    "Mary moved to the bathroom.\n",
-    "1 Mary moved to the bathroom.\n3 John went to the hallway.\n",
-    "2 Mary moved to the bathroom.\n",
-    "1 Where is Mary? \tbathroom\t1\n",
-    "1 Mary moved to the bathroom.\n2 Where is Mary? \t \t1\n",
-    "1 Mary moved to the bathroom.\n2 Where is Mary? \tbathroom\n",
-    "1 Mary moved to the bathroom.\n\n2 Where is Mary? \tbathroom\t1\n",
-]
+LINE = r"^\S+_train.txt, line [12]: [^\n]*$"
+BAD = {
+    "Mary moved to the bathroom.\n": LINE,
+    "1 Mary moved to the bathroom.\n3 John went to the hallway.\n": LINE,
+    "2 Mary moved to the bathroom.\n": LINE,
+    "1 Where is Mary? \tbathroom\t1\n": LINE,
+    "1 Mary moved to the bathroom.\n2 Where is Mary? \t \t1\n": LINE,
+    "1 Mary moved to the bathroom.\n2 Where is Mary? \tbathroom\n": LINE,
+    "1 Mary moved to the bathroom.\n\n2 Where is Mary? \tbathroom\t1\n": LINE,
+    "1 \xff\xfe\n": r"^cannot read [^\n]*qa1_x_train.txt: [^\n]*$",
+}
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_malformed_files_are_refused_by_line(tmp_path, text):
-    with pytest.raises(UserError, match=r"^\S+_train.txt, line [12]: [^\n]*$"):
+def test_malformed_files_are_refused_by_name_and_line(tmp_path, text):
+    with pytest.raises(UserError, match=BAD[text]):
         ask("qa1", 1, style=babi(tmp_path, text))
-
-
-def test_files_that_cannot_be_read_are_refused(tmp_path):
-    style = babi(tmp_path)
-    with pytest.raises(UserError, match=r"^[^\n]*qa2_[^\n]*$"):
-        ask("qa2", 1, style=style)
-    (tmp_path / "qa3_x_train.txt").write_bytes(b"1 \xff\xfe\n")
-    with pytest.raises(UserError, match=r"^cannot read [^\n]*qa3_x_train.txt: [^\n]*$"):
-        ask("qa3", 1, style=style)

@@ -1,11 +1,13 @@
 """
 test_benchmark.py: `eval_niah.py --backbone` from end to end on toys. Each row answers with its own
-weights, each flag does what it says, an answer costs what its schedule says, and who knows the
-answers gets 1 through the program's own questions, decoding and rules.
+weights, each flag does what it says, and what it cannot do is said in one line.
 """
 
 import contextlib
 import io
+import json
+import re
+import shutil
 import weakref
 from pathlib import Path
 from unittest import mock
@@ -13,22 +15,20 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from backbones import TOKENIZER
-from commands import contents, questions, results
-from toys import ESSAY, METHODS, ONE, answers_of, ask, predictions, settings_of
+from backbones import TOKENIZER, random_tensors, write_checkpoint, write_tensors
+from commands import contents, jsonl, questions, refusal, results
+from toys import ESSAY, METHODS, ONE, answers_of, ask, command, predictions, settings_of, toys
 
-from eval_niah import matching
 from full_scale import backbone, benchmark
 from full_scale.drafts import Style
 from full_scale.prompts import BENCHMARKS, make_question
 from full_scale.report import BIAS, title
 from full_scale.samplers import rounded_schedule
 from full_scale.tokenizer import load_tokenizer
+from lab.report import matching
 
 PLAIN = load_tokenizer(TOKENIZER, plain=True)
 STYLE = Style(lambda text, prefix: PLAIN.encode(text + prefix), qa=questions())
-
-
 FOUR = (  # rows from two adapters
     "--adapter mdlm={}/mdlm {}/memdlm --memory --show --steps 2 --samples 2 --seed 3 "
     "--tasks niah_single_1 babilong_qa1 --lengths 660 700 "
@@ -48,42 +48,31 @@ def table(tmp_path_factory) -> Path:
 
 
 def test_table_has_a_line_for_each_row_and_cell(table):
-    """In the paper's order and by the paper's names."""
+    """In the paper's order and by the paper's names. --show prints the first prompt of each cell.
+    Adapters (one named, one told by its training.json) and memory each change the answers."""
     found = [(one["task"], one["length"], one["method"]) for one in results(table)["niah"]]
     assert found == [(*cell, method) for cell in CELLS for method in METHODS]
-    text = (table / "table.md").read_text()
+    text, printed = (table / "table.md").read_text(), (table / "printed.txt").read_text()
     for task, length in CELLS:
         for method in METHODS:
             assert f"\n| {title(method)} | {task} | {length} | 2 | " in text
-    assert text.count(" | 2 | 3 | cpu | float32 |") == 16, "steps, seed, device and dtype"
-    assert text.count("] (harness 0.000) | ") == 8, "by the other rule"
-    assert text.strip() in (table / "printed.txt").read_text()
-    pictures = {name for name, content in contents(table).items() if content[:4] == b"\x89PNG"}
-    assert pictures == {"niah.png", "depth.png", "exposure_bias.png"}
-
-
-def test_adapters_and_memory_each_change_the_answers(table):
-    """One adapter was named, the other one is told by its training.json. The memory is that of the
-    training, and the settings say so."""
-    assert len({tuple(predictions(table, method)) for method in METHODS}) == 4
-    settings = settings_of(table)
-    adapters = {settings[method].get("adapter_model.safetensors") for method in METHODS}
-    assert len(adapters) == 3
-    assert ["write rule" in settings[method] for method in METHODS] == [False] * 3 + [True]
-    names = ("rule", "anchor_ratio", "passes", "rank", "lr")
-    written = [settings[METHODS[3]][f"write {name}"] for name in names]
-    assert written == ["paper", 0.2, 1, 32, 0.1]
-
-
-def test_show_prints_the_first_prompt_of_each_cell_as_the_model_reads_it(table):
-    printed = (table / "printed.txt").read_text()
-    for task, length in CELLS:
         question = make_question(task, 0, length, 3, STYLE)
         size = f"{len(question.prompt)} tokens, {question.tokens} to generate"
         answer = f"a right answer contains {question.references[0]}"
         assert f"---- {task} {length}: {size}, {answer}\n{question.text}\n\n" in printed
+        first = answers_of(table, task=task, length=length)[0]
+        assert first["references"] == list(question.references)
+    assert text.count(" | 2 | 3 | cpu | float32 |") == 16, "steps, seed, device and dtype"
+    assert text.count("] (harness 0.000) | ") == 8, "by the other rule"
+    assert text.strip() in printed
     assert printed.count("---- ") == 4
     assert "exposure bias on 2 of 4 pairs; 1 longer ones left out" in printed
+    pictures = {name for name, content in contents(table).items() if content[:4] == b"\x89PNG"}
+    assert pictures == {"niah.png", "depth.png", "exposure_bias.png"}
+    assert len({tuple(predictions(table, method)) for method in METHODS}) == 4
+    settings = [settings_of(table)[method] for method in METHODS]
+    assert len({found.get("adapter_model.safetensors") for found in settings}) == 3
+    assert ["write rule" in found for found in settings] == [False] * 3 + [True]
 
 
 def test_exposure_bias_is_the_mean_over_pairs_over_the_loss_without_memory(table):
@@ -120,8 +109,7 @@ def test_rows_share_static_masks_and_no_memory_sees_a_response(tmp_path, monkeyp
 
 
 def test_one_model_is_open_at_a_time_and_only_where_something_is_left_to_do(tmp_path, monkeypatch):
-    """A backbone of 8 billion weights leaves no room for another one. A larger --samples keeps what
-    is there, and ends with what asking at once gives: an answer depends on its question alone."""
+    """A larger --samples keeps what is there, and ends with what asking at once gives."""
     alive, load = [], backbone.load_backbone
 
     def loading(*arguments):
@@ -145,8 +133,7 @@ def test_one_model_is_open_at_a_time_and_only_where_something_is_left_to_do(tmp_
 
 
 def test_sweep_of_anchor_ratios_has_a_row_for_each(tmp_path):
-    """Fig. 8, drawn, here for an adapter that was trained without a memory. Ratios that look alike
-    are two rows; one named twice is one; and a row is the same as if it had been asked alone."""
+    """Ratios that look alike are two rows, one named twice is one; each as if asked alone."""
     flags = f"{ONE} --adapter {{}}/mdlm --memory --anchor-ratio"
     out = ask(tmp_path / "eval", f"{flags} 0.1 0.6 0.6000001 0.1", draw=True)
     rows = {f"mdlm_inference@{ratio}": ratio for ratio in (0.1, 0.6, 0.6000001)}
@@ -161,8 +148,7 @@ def test_sweep_of_anchor_ratios_has_a_row_for_each(tmp_path):
 
 @pytest.fixture
 def passes(monkeypatch) -> tuple[list, list]:
-    """What models are asked: the ids that they read in each forward pass, and at how many places
-    each call of the head is made."""
+    """The ids that each forward pass reads, and the number of places of each call of the head."""
     read, heads, load = [], [], backbone.load_backbone
 
     def loading(*arguments):
@@ -175,42 +161,35 @@ def passes(monkeypatch) -> tuple[list, list]:
     return read, heads
 
 
-def chat(text: str, prefix: str) -> list[int]:
-    """The question is the user's message; the prefix begins the assistant's."""
-    tokenizer = load_tokenizer(TOKENIZER)
-    return tokenizer.encode_prompt(text) + tokenizer.encode(prefix.strip())
-
-
+CHAT = load_tokenizer(TOKENIZER)  # the user says the question, the assistant begins the answer
 ASKED = {
-    "--seed 5 --tasks niah_single_2 --lengths 330": {"seed": 5},
     "--tasks ruler_vt --lengths 900 --protocol harness": {"protocol": "harness"},
     "--tasks niah_single_2 --lengths 500 --haystack {}/essay.txt": {"haystack": ESSAY},
     "--tasks babilong_qa4 --lengths 480 --haystack {}/essay.txt": {"haystack": ESSAY},
-    "--tasks niah_single_1 --lengths 440 --chat": {"encode": chat},
+    "--tasks niah_single_1 --lengths 440 --chat": {
+        "encode": lambda text, prefix: CHAT.encode_prompt(text) + CHAT.encode(prefix.strip())
+    },
 }
 
 
 @pytest.mark.parametrize("flags", ASKED)
 def test_prompts_are_those_of_the_flags(tmp_path, passes, flags):
     """Token by token, and every flag makes other ones."""
-    words, changes = flags.split(), dict(ASKED[flags])
+    words = flags.split()
     task, length = words[words.index("--tasks") + 1], int(words[words.index("--lengths") + 1])
-    seed = changes.pop("seed", 0)
-    wanted = make_question(task, 0, length, seed, STYLE._replace(**changes)).prompt
+    wanted = make_question(task, 0, length, 0, STYLE._replace(**ASKED[flags])).prompt
     out = ask(tmp_path, f"{flags} --samples 1 --steps 1")
     [canvas], _ = passes  # one prompt at a time
     assert canvas[: answers_of(out)[0]["tokens"]] == wanted
     assert wanted != make_question(task, 0, length, 0, STYLE).prompt
 
 
-@pytest.mark.parametrize(
-    "flags", ["--write surprise", "--write-lr 1", "--write-rank 2", "--write-passes 2"]
-)
-def test_flags_of_writing_change_the_row_with_a_memory_alone(tmp_path, flags):
+def test_flags_of_writing_change_the_row_with_a_memory_alone(tmp_path):
     plain = ask(tmp_path / "plain", f"{ONE} --memory")
-    other = ask(tmp_path / "other", f"{ONE} --memory {flags}")
-    assert predictions(plain, "base") == predictions(other, "base")
-    assert predictions(plain, "base_inference") != predictions(other, "base_inference")
+    for flags in ("--write surprise", "--write-lr 1", "--write-rank 2", "--write-passes 2"):
+        other = ask(tmp_path / flags, f"{ONE} --memory {flags}")
+        assert predictions(plain, "base") == predictions(other, "base")
+        assert predictions(plain, "base_inference") != predictions(other, "base_inference"), flags
 
 
 NEEDLE, STORY = "--tasks niah_single_1 --lengths 330", "--tasks babilong_qa1 --lengths 660"
@@ -225,8 +204,7 @@ SCHEDULES = {  # tokens that are committed in each pass: a needle has 128 to ans
 
 @pytest.mark.parametrize("flags", SCHEDULES)
 def test_answer_takes_the_passes_of_its_schedule(tmp_path, passes, flags):
-    """And each asks the head at the masked places alone: at 126,464 words and 8,192 places it would
-    otherwise cost more than the model."""
+    """And each asks the head at the masked places alone: elsewhere it would cost too much."""
     quotas, (read, heads) = SCHEDULES[flags], passes
     out = ask(tmp_path, f"{flags} --samples 1")
     assert heads == [sum(quotas[i:]) for i in range(len(quotas))]
@@ -235,14 +213,13 @@ def test_answer_takes_the_passes_of_its_schedule(tmp_path, passes, flags):
 
 def test_who_knows_the_answer_gets_1(tmp_path, monkeypatch):
     """On every task, through the program's own questions, decoding and rules, with as many tokens
-    as a task leaves for its answer. That who does not know gets 0, test_scoring.py shows."""
+    as a task leaves for its answer. That who does not know gets 0, test_prompts.py shows."""
     answers = {}
     for task in BENCHMARKS:
         between = "" if task == "ruler_vt" else ", "  # 30 tokens have no room for commas here
-        for index in range(2):
-            question = make_question(task, index, 2000, 0, STYLE)
-            known = question.references[:1] if "_qa_" in task else question.references
-            answers[tuple(question.prompt)] = PLAIN.encode(between.join(known))
+        question = make_question(task, 0, 2000, 0, STYLE)
+        known = question.references[:1] if "_qa_" in task else question.references
+        answers[tuple(question.prompt)] = PLAIN.encode(between.join(known))
 
     def sampler_for(args, architecture: str, length: int, eos: int):
         def sampler(model, prompts, **options):
@@ -252,10 +229,96 @@ def test_who_knows_the_answer_gets_1(tmp_path, monkeypatch):
         return sampler
 
     monkeypatch.setattr(benchmark, "sampler_for", sampler_for)
-    flags = f"--tasks {' '.join(BENCHMARKS)} --lengths 2000 --samples 2"
+    flags = f"--tasks {' '.join(BENCHMARKS)} --lengths 2000 --samples 1"
     out = ask(tmp_path, f"{flags} --qa {questions()}")
     for task, record in zip(BENCHMARKS, results(out)["niah"]):
         rules = {"any": 1} if "_qa_" in task else {"ruler": 1}
         rules = {"babilong": 1, "harness": 1} if task.startswith("babilong") else rules
         assert (record["task"], record["scores"], record["score"]) == (task, rules, 1)
-        assert record["ci95"] == pytest.approx([0.342, 1], abs=1e-3)
+        assert record["ci95"] == pytest.approx([0.207, 1], abs=1e-3)
+
+
+# Flags -> what the one line must say. {} is the toys' folder, {tmp} the test's own.
+BAD = {
+    "--tasks mv": "niah_single_1",
+    "--tasks ruler_cwe --lengths 64": "needs at least .* tokens; --lengths 64 is too short",
+    "--out {}/llada": "name another folder",
+    "--out {tmp}/other": "name another folder",
+    f"{ONE} --out {{tmp}}/bytes": "choose another --out",
+    f"{ONE} --out {{tmp}}/bytes/below": "choose another --out",
+    "--haystack {}/absent": "cannot read --haystack .*absent",
+    "--haystack {tmp}/bytes": "cannot read --haystack .*bytes",
+    "--haystack {tmp}/empty --tasks niah_single_2 --lengths 400": "no word in it",
+    "--haystack {tmp}/empty --tasks babilong_qa1 --lengths 900": "sentence",
+    "--haystack {}/essay.txt --tasks ruler_vt niah_single_1": "--haystack is read by none",
+    "--babi {tmp}/absent --tasks babilong_qa1 --lengths 900": "no qa1_.*absent",
+    "--babi {tmp} --tasks niah_single_2 ruler_cwe": "--babi is read by the BABILong tasks",
+    "--tasks ruler_qa_1 --lengths 1000": "ruler_qa_1: needs --qa DIR",
+    "--tasks ruler_qa_2 --lengths 1000 --qa {}": "is a folder without hotpotqa.json",
+    "--tasks ruler_vt --qa {}": "--qa is read by ruler_qa_1 and ruler_qa_2 alone",
+    "--exposure-bias": "needs --data",
+    "--data {}/few.jsonl": "--data needs --exposure-bias",
+    "--bias-steps 4 --max-length 40": "--max-length needs --exposure-bias",
+    "--exposure-bias --data {}/absent.jsonl": "cannot read --data .*absent.jsonl",
+    "--exposure-bias --data {}/few.jsonl --max-length 3": "few.jsonl: none of",
+    "--exposure-bias --data {tmp}/no_prompt.jsonl": "no_prompt.jsonl, line 2: ",
+    "--write surprise": "--write .*add --memory",
+    "--write-lr 1 --write-rank 2 --write-passes 2": "--write-lr .*add --memory",
+    "--anchor-ratio 0.3": "--anchor-ratio .*add --memory",
+    "--memory --write surprise --anchor-ratio 0.1 0.2": "--anchor-ratio needs --write paper",
+    "--adapter {}/mdlm mdlm={}/memdlm": "mdlm and .*memdlm are both of mdlm",
+    "--adapter {tmp}/peft": "say what trained it, mdlm=.*or memdlm=",
+    f"{ONE} --adapter memdlm={{}}/absent": "cannot read .*absent/adapter_model.safetensors",
+    "--backbone {}/absent": "absent",
+    f"{ONE} --block-length 2": "--steps",
+    f"{ONE} --backbone {{}}/llada2 --schedule dllm": "--schedule is not for LLaDA2",
+    "--chat --backbone {tmp}/no_template": "has no chat template",
+}
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory) -> Path:
+    """A folder of things that cannot be used. Nobody writes into it."""
+    root = tmp_path_factory.mktemp("things")
+    (root / "empty").write_text(" \n")
+    (root / "bytes").write_bytes(b"\xff\xfe\xff")
+    pair, no_prompt = {"prompt": "who?", "response": "Mary"}, {"prompt": "", "response": "Mary"}
+    (root / "no_prompt.jsonl").write_text(jsonl([pair, no_prompt]))
+    (root / "other").mkdir()
+    (root / "other" / "results.json").write_text("{}")
+    shutil.copytree(toys() / "mdlm", root / "peft")
+    (root / "peft" / "training.json").unlink()
+    config = write_checkpoint(root / "no_template", "llada") / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    del settings["chat_template"]
+    config.write_text(json.dumps(settings))
+    return root
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_what_cannot_be_asked_is_one_line(things, tmp_path, capsys, flags):
+    before = contents(things), contents(toys())
+    arguments = command(tmp_path / "eval", flags.replace("{tmp}", str(things)))
+    said = refusal("eval_niah", arguments, capsys)
+    assert re.search(BAD[flags], said), said
+    assert (contents(things), contents(toys()), contents(tmp_path)) == (*before, {})
+
+
+def test_numbers_that_are_not_finite_stop_the_evaluation(tmp_path, capsys):
+    """One line says whose predictions, on what, and where to look; nothing is scored, and the other
+    rows are kept. With a smaller step the same folder goes on."""
+    backbone = write_checkpoint(tmp_path / "backbone", "llada")
+    tensors = random_tensors(json.loads((backbone / "config.json").read_text()))
+    tensors["model.transformer.ln_f.weight"][3] = float("nan")
+    write_tensors(backbone, tensors)
+    for flags, task in ((ONE, "niah_"), ("--exposure-bias --data {}/few.jsonl", "exposure bias")):
+        arguments = command(tmp_path / task, f"{flags} --backbone {backbone}")
+        said = refusal("eval_niah", arguments, capsys)
+        assert re.search(f"Base, {task}.* question 0: .*not finite.* weights", said), said
+        assert answers_of(tmp_path / task) == []
+    out, flags = tmp_path / "eval", f"{ONE} --memory --write-lr"
+    said = refusal("eval_niah", command(out, f"{flags} 1e18"), capsys)
+    assert re.search("Base, memory at inference, niah_single_1.* not finite", said), said
+    assert [answer["method"] for answer in answers_of(out)] == ["base"]
+    ask(out, f"{flags} 0.1")
+    assert [one["n"] for one in results(out)["niah"]] == [1, 1]

@@ -1,42 +1,33 @@
 """
-test_finetune.py: `memdlm.py --backbone` from end to end on toy checkpoints: what it writes, what
-each flag does, a run that was stopped, two processes, and what it refuses.
+test_finetune.py: `memdlm.py --backbone` from end to end on toy checkpoints.
 """
 
 import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import commands
 import pytest
 import torch
-from backbones import MOE, SETTINGS, add_random_lora, toy_batch, toy_model
-from commands import (
-    ROOT,
-    StoppedError,
-    adapter_of,
-    checkpoints,
-    contents,
-    refusal,
-    results,
-    run_python,
-    same_adapter,
-)
+from backbones import SETTINGS, add_random_lora, toy_batch, toy_model
+from commands import StoppedError, adapter_of, checkpoints, contents, refusal, results, run_python
 from safetensors.torch import load_file
+from test_processes import LAUNCH
 from torch.autograd.graph import saved_tensors_hooks
 
-import memdlm
 from full_scale import finetune
 from full_scale.adapters import load_adapter, save_adapter
 from full_scale.checkpoints import add_outer_lora, count, linear_layers, load_llada
 from full_scale.pairs import collate, read_data, split_pairs
 from full_scale.tokenizer import load_tokenizer
-from memdlm import LOSSES, METHODS, Memory, generator_for
-from model import load_checkpoint, save_checkpoint
+from lab import tools, training, variants
+from lab.tools import load_checkpoint, save_checkpoint, start
+from lab.training import LOSSES, METHODS
+from memdlm import Memory, generator_for
 
 QUICK = "--steps 3 --lora-rank 4 --memory-rank 4 --lr 1e-3 --lora-alpha 8 --eval-examples 4".split()
 
@@ -50,7 +41,7 @@ def command(out: Path, *flags, kind: str = "llada-moe") -> list[str]:
 
 def tune(out: Path, *flags, kind: str = "llada-moe") -> Path:
     """Fine-tunes a toy by the real command, in this process. Returns the run's folder."""
-    memdlm.main(command(out, *flags, kind=kind))
+    start("memdlm", command(out, *flags, kind=kind))
     return out
 
 
@@ -90,17 +81,16 @@ def test_a_run_writes_an_adapter_and_the_losses_and_no_backbone(tmp_path, capsys
 
 
 def test_the_saved_adapter_is_the_model_that_was_trained(tuned):
-    """Loaded onto the backbone, it has the losses that the run ended with, on the held-out pair and
-    on four of the others, evenly picked."""
+    """It has the losses that the run ended with, on the held-out pair and on four of the others."""
     toys = checkpoints()
     model, tokenizer = load_llada(toys["llada-moe"]), load_tokenizer(toys["llada-moe"])
     load_adapter(model, tuned / "adapter")
     model.config.mask_id = tokenizer.mask
-    memory = memdlm.memory_of(json.loads((tuned / "config.json").read_text()))
+    memory = variants.memory_of(json.loads((tuned / "config.json").read_text()))
     train_set, held_out = split_pairs(read_data(str(toys["data"]), tokenizer, 4096)[0])
     to_batch, picked = partial(collate, device="cpu", eos=tokenizer.eos), train_set[::5]
     measured = [to_batch(picked[:2]), to_batch(picked[2:])]
-    losses = memdlm.measure_losses(model, measured, [to_batch(held_out)], memory, 0)
+    losses = training.measure_losses(model, measured, [to_batch(held_out)], memory, 0)
     assert losses == {name: results(tuned)["loss"][-1][name] for name in losses}
 
 
@@ -119,17 +109,15 @@ def test_the_learning_rate_is_that_of_the_published_trainer(steps, warmup):
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-5)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(steps * warmup), steps)
-    rate_at = finetune.cosine_rate(2e-5, steps, warmup)
+    rate_at, [share_at] = finetune.cosine_rate(2e-5, steps, warmup), schedule.lr_lambdas
     for step in range(steps):
-        assert rate_at(step) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12), f"step {step}"
-        optimizer.step()
-        schedule.step()
+        assert rate_at(step) == pytest.approx(2e-5 * share_at(step), abs=1e-12), f"step {step}"
 
 
 CHANGE = [
     *("--method mdlm", "--batch 3", "--accumulate 2", "--seed 1", "--steps 2", "--plain"),
     *("--pads ignore", "--max-length 50", "--lr 1e-2", "--warmup 0.5", "--clip 0.01"),
-    *("--loss-norm sequence", "--lora-rank 8", "--lora-alpha 4", "--lora-dropout 0.5"),
+    *("--lora-rank 8", "--lora-alpha 4", "--lora-dropout 0.5"),
     *("--dtype bfloat16", "--load-4bit", "--random-weights", "--memory-rank 8"),
     *("--memory-alpha 8", "--memory-lr 1", "--memory-clip 0.001", "--memory-fraction 1"),
     *("--memory-scope sample", "--memory-steps 3", "--memory-epochs 2", "--memory-loss kl"),
@@ -138,49 +126,30 @@ CHANGE = [
     *("--memory-clip 0.001 --memory-clip-by global",),
 ]
 KEEP = "--save-every 1 --eval-every 1 --eval-examples 2 --checkpoint-activations --dtype float32"
-ELSEWHERE = {
-    "--backbone",
-    "--data",
-    "--out",
-    "--device",
-    "--resume",
-    "--epochs",
-    "--shard",
-    "--help",
-}
+ELSEWHERE = {*"--backbone --data --out --device --resume --epochs --shard --help".split()}
 
 
 @pytest.mark.parametrize("flag", CHANGE)
 def test_flags_that_change_the_training(tuned, tmp_path, flag):
     out = tune(tmp_path / "run", *flag.split())
-    assert not same_adapter(out, tuned)
+    assert not commands.same_adapter(out, tuned)
     assert all(t.isfinite().all() and t.dtype == torch.float32 for t in adapter_of(out).values())
 
 
 def test_flags_that_change_no_result(tuned, tmp_path):
-    """Where activations are recomputed, when is saved and what is measured leave the adapter alone,
-    bit for bit."""
-    assert same_adapter(tune(tmp_path / "run", *KEEP.split()), tuned)
+    """What is recomputed, saved and measured leaves the adapter alone, bit for bit."""
+    assert commands.same_adapter(tune(tmp_path / "run", *KEEP.split()), tuned)
 
 
 def test_every_flag_is_tested(capsys):
     with pytest.raises(SystemExit):
-        memdlm.main(["--backbone", "llada-moe", "--help"])
+        start("memdlm", ["--backbone", "llada-moe", "--help"])
     shown = re.findall(r"^  (?:-h, )?(--[a-z0-9-]+)", capsys.readouterr().out, re.MULTILINE)
     assert set(shown) == set(re.findall(r"--\S+", " ".join([*CHANGE, KEEP]))) | ELSEWHERE
 
 
-@pytest.mark.parametrize("program", ["memdlm", "sample", "eval_niah"])
-def test_help_needs_neither_matplotlib_nor_weights(program):
-    block = "import sys; sys.modules['matplotlib'] = None"
-    done = run_python("-c", f"{block}; import {program}; {program}.main(['--backbone=x', '-h'])")
-    assert done.returncode == 0, done.stderr
-    assert "--random-weights" in done.stdout
-
-
 def test_checkpointed_activations_are_kept_less():
-    """Few numbers wait for the backward pass. (That nothing else changes, --checkpoint-activations
-    among the flags of KEEP shows.)"""
+    """Few numbers wait for the backward pass. (That nothing else changes, KEEP shows.)"""
     kept, model = [[], []], add_random_lora(toy_model("llada-moe")).train()
     for numbers in kept:
         with saved_tensors_hooks(lambda t, to=numbers: to.append(t.numel()) or t, lambda t: t):
@@ -189,50 +158,34 @@ def test_checkpointed_activations_are_kept_less():
     assert sum(kept[1]) < 0.5 * sum(kept[0])
 
 
-def two_micro_losses(batches: list, model) -> Iterator[torch.Tensor]:
-    """What `micro_losses` yields for the two micro-batches of step 3."""
+def test_accumulation_averages_over_micro_batches(monkeypatch):
+    """Loss and gradient of --accumulate 2 are the means of two batches', each with random draws of
+    its own. Where a loss is not finite, no gradient is: processes share gradients alone."""
+    model, memory, apart = add_random_lora(toy_model("llada-moe")), Memory(rank=4), []
     args = finetune.build_parser().parse_args(["--backbone", "x", "--data", "x", *QUICK])
     objective = finetune.Objective(model, args)
-    return finetune.micro_losses(objective, lambda number: batches[number - 6], 0, 3, 2)
-
-
-def test_accumulation_averages_over_micro_batches():
-    """Loss and gradient of --accumulate 2 are the means of two batches', each with random draws of
-    its own. (Adam and the clipping hide a wrong factor: it does not show in the adapter.)"""
-    model, memory, apart = add_random_lora(toy_model("llada-moe")), Memory(rank=4), []
     batches = [toy_batch(seed=seed)[0] for seed in (1, 2)]
+
+    def two_losses():  # of step 3, whose micro-batches are numbers 6 and 7 of the run
+        return finetune.micro_losses(objective, lambda number: batches[number - 6], 0, 3, 2)
+
     for batch, key in zip(batches, [(0, "fine-tune", 3), (0, "fine-tune", 3, 1)]):
         apart.append(METHODS["memdlm"](model, batch, memory, generator_for(*key)))
     theta = [p for p in model.parameters() if p.requires_grad]
-    together = sum(two_micro_losses(batches, model))
+    together = sum(two_losses())
     torch.testing.assert_close(together, sum(apart) / 2)
     expected = torch.autograd.grad(sum(apart) / 2, theta)
     torch.testing.assert_close(torch.autograd.grad(together, theta), expected)
-
-
-def test_a_loss_that_is_not_finite_has_no_finite_gradient(monkeypatch):
-    """Processes share gradients alone: this is how all of them learn to leave out the step."""
-    model = add_random_lora(toy_model("llada"))
-    some = next(p for p in model.parameters() if p.requires_grad)
-    monkeypatch.setattr(finetune, "keyed_loss", lambda *rest: some.sum() + math.inf)
-    loss = next(two_micro_losses([None, None], model))
+    monkeypatch.setattr(finetune, "keyed_loss", lambda *rest: theta[0].sum() + math.inf)
+    loss = next(two_losses())
     assert not loss.isfinite()
-    assert not torch.autograd.grad(loss, some)[0].isfinite().any()
+    assert not torch.autograd.grad(loss, theta[0])[0].isfinite().any()
 
 
-@pytest.mark.parametrize(
-    ("flags", "steps"), [("--epochs 2 --batch 4 --accumulate 3", 4), ("--epochs 3 --batch 16", 6)]
-)
-def test_epochs_count_batches_where_steps_do_not(tmp_path, flags, steps):
+def test_epochs_count_batches_where_steps_do_not(tmp_path):
     """19 pairs are 5 batches of 4, or 2 of 16; a last step or batch that is not full counts."""
-    assert results(tune(tmp_path / "run", "--steps", 0, *flags.split()))["steps"] == steps
-
-
-def test_four_bits_are_counted(tmp_path, capsys):
-    """Every expert is one of the linear layers."""
-    tune(tmp_path / "run", "--load-4bit")
-    layers = 3 * (4 + 1 + 3 * MOE["num_experts"])
-    assert f"NF4 on {layers} of {layers} linear layers\n" in capsys.readouterr().out
+    for flags, steps in (("--epochs 2 --batch 4 --accumulate 3", 4), ("--epochs 3 --batch 16", 6)):
+        assert results(tune(tmp_path / flags, "--steps", 0, *flags.split()))["steps"] == steps
 
 
 def test_random_weights_need_neither_weights_nor_tokenizer(tmp_path):
@@ -243,40 +196,30 @@ def test_random_weights_need_neither_weights_nor_tokenizer(tmp_path):
     assert math.isfinite(results(out)["loss"][-1]["train_with_memory"])
 
 
-# ---- stopped and taken up --------------------------------------------------------------------
-
 LONGER = "--steps 5 --accumulate 2 --save-every 1 --lora-dropout 0.3 --eval-every 2".split()
+STOPPED = [("llada-moe", "--checkpoint-activations"), ("llada", "--method mdlm")]
+STOPPED += [("llada-moe", "--load-4bit"), ("llada2", "--dtype bfloat16")]
 
 
-@pytest.mark.parametrize(
-    ("kind", "flags"),
-    [
-        ("llada-moe", "--checkpoint-activations"),
-        ("llada", "--method mdlm"),
-        ("llada-moe", "--load-4bit"),
-        ("llada2", "--dtype bfloat16"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "flags"), STOPPED)
 def test_a_run_that_was_stopped_ends_in_equal_bits(tmp_path, kind, flags):
     """AdamW's state, the random draws and the log go on as if nothing had happened."""
     flags = [*LONGER, *flags.split()]
     whole = tune(tmp_path / "whole", *flags, kind=kind)
     saves = {"wraps": save_checkpoint, "side_effect": [mock.DEFAULT, mock.DEFAULT, StoppedError]}
-    with mock.patch.object(memdlm, "save_checkpoint", **saves), pytest.raises(StoppedError):
+    with mock.patch.object(tools, "save_checkpoint", **saves), pytest.raises(StoppedError):
         tune(tmp_path / "stopped", *flags, kind=kind)
     assert not (tmp_path / "stopped" / "adapter").exists()
     stopped = tune(tmp_path / "stopped", *flags, "--resume", kind=kind)
-    assert same_adapter(whole, stopped)
-    log = results(stopped)["loss"]
-    assert log == results(whole)["loss"]
-    assert [record["step"] for record in log] == [0, 2, 4, 5]
+    assert commands.same_adapter(whole, stopped)
+    assert results(stopped)["loss"] == results(whole)["loss"]
+    assert [record["step"] for record in results(stopped)["loss"]] == [0, 2, 4, 5]
     again = tune(stopped, *flags, "--resume", kind=kind)  # nothing is left to do
     assert contents(again / "adapter") == contents(whole / "adapter")
 
 
 def test_a_run_goes_on_only_as_it_was_started(tuned, tmp_path, capsys):
-    """Another setting, other pairs, another number of processes: one line that names it, and
-    nothing is lost. Without --resume, no run is written over another one."""
+    """One line names what differs. Without --resume, no run is written over another one."""
     out = Path(shutil.copytree(tuned, tmp_path / "run"))
     before, moved = contents(out), shutil.copy(checkpoints()["data"], tmp_path / "pairs.jsonl")
     for flags, named in (
@@ -284,61 +227,71 @@ def test_a_run_goes_on_only_as_it_was_started(tuned, tmp_path, capsys):
         (f"--resume --data {moved}", f"not {moved}"),
         ("--method mdlm", "name another folder"),
     ):
-        assert named in refusal(memdlm.main, command(out, *flags.split()), capsys)
-    assert "name another folder" in refusal(memdlm.main, ["--tiny", "--out", out], capsys)
+        assert named in refusal("memdlm", command(out, *flags.split()), capsys)
+    assert "name another folder" in refusal("memdlm", ["--tiny", "--out", out], capsys)
     assert contents(out) == before
     path = out / "memdlm.safetensors"
     tensors, meta = load_checkpoint(path)
     for name, value in (("processes", 8), ("pairs", 0)):
         save_checkpoint(path, tensors, {**meta, "identity": {**meta["identity"], name: value}})
-        said = refusal(memdlm.main, command(out, "--resume"), capsys)
+        said = refusal("memdlm", command(out, "--resume"), capsys)
         assert f"was trained with {name} {value}" in said
 
 
-# ---- more than one process -------------------------------------------------------------------
-
-# Every file is written aside and renamed; the second process must not even try.
-LONELY = f"""
+# Each process notes its share of the layers' weights. Every file of a run is written aside and
+# renamed; the second process must not even try.
+OBSERVED = """
 import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import memdlm
-if os.environ["RANK"] == "1":
-    def forbidden(*paths):
-        raise AssertionError(f"the second process writes {{paths}}")
+from pathlib import Path
+sys.path.insert(0, os.getcwd())
+from full_scale import finetune
+from lab.tools import start
+add_outer_lora, rank = finetune.add_outer_lora, os.environ["RANK"]
+def observed(model, **lora):
+    weights = list(model.layers.parameters())
+    own = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in weights)
+    share = own / sum(p.numel() for p in weights)
+    Path(__file__).with_name(f"share.{rank}").write_text(str(share))
+    add_outer_lora(model, **lora)
+def forbidden(*paths):
+    raise AssertionError(f"the second process writes {paths}")
+finetune.add_outer_lora = observed
+if rank == "1":
     os.replace = forbidden
-memdlm.main()
+start("memdlm")
 """
 
 
-def test_two_processes_take_the_steps_of_one_with_all_batches(tmp_path):
-    """torchrun with two gloo processes of two micro-batches gives the adapter that one process
-    gives with four, from the same draws. Adam divides by the gradient's size, which is why a bit
-    may become 1e-6."""
-    flags = ["--memory-scope", "sample", "--lr", "1e-4"]
-    one = tune(tmp_path / "one", "--accumulate", 4, *flags)
-    (tmp_path / "lonely.py").write_text(LONELY)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = command(tmp_path / "two", "--accumulate", 2, *flags)
-    done = run_python(*launch, tmp_path / "lonely.py", *arguments)
+@pytest.mark.parametrize("flags", ["", "--shard --checkpoint-activations"])
+def test_two_processes_take_the_steps_of_one_with_all_batches(tmp_path, flags):
+    """Two of two micro-batches give the adapter and the losses that one gives with four; with
+    --shard each holds half of every layer. (Adam makes 1e-6 of a bit.)"""
+    alike = ["--memory-scope", "sample", "--lr", "1e-4", "--eval-every", 2]
+    one, two = tune(tmp_path / "one", "--accumulate", 4, *alike), tmp_path / "two"
+    (tmp_path / "observed.py").write_text(OBSERVED)
+    arguments = command(two, "--accumulate", 2, *alike, *flags.split())
+    done = run_python(*LAUNCH, 2, tmp_path / "observed.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("linear layers") == 1, "the first process alone prints"
     assert "Warning" not in done.stderr
-    adapters = adapter_of(one), adapter_of(tmp_path / "two")
-    torch.testing.assert_close(*adapters, rtol=0, atol=1e-6)
-    assert results(tmp_path / "two")["processes"] == 2
-    for a, b in zip(results(one)["loss"], results(tmp_path / "two")["loss"]):
-        expected = pytest.approx([a[name] for name in LOSSES], rel=1e-4)
+    shares = [float(path.read_text()) for path in tmp_path.glob("share.*")]
+    assert shares == pytest.approx([0.5, 0.5] if flags else [1, 1], abs=0.05)
+    torch.testing.assert_close(adapter_of(one), adapter_of(two), rtol=0, atol=1e-6)
+    assert results(two)["processes"] == 2
+    for a, b in zip(results(one)["loss"], results(two)["loss"], strict=True):
+        expected = pytest.approx([a[name] for name in LOSSES], rel=1e-5)
         assert [b[name] for name in LOSSES] == expected
 
 
 REFUSED = [
+    ("--shard", "start it by torchrun"),
+    ("--shard --load-4bit", "--shard is for whole weights"),
     ("--data {}/absent.jsonl", "cannot read --data"),
     ("--max-length 3", "none of 20 pairs has at most 3 tokens"),
     ("--noise 0.1", "unrecognized arguments: --noise"),
     ("--steps 3 --epochs 2", "--epochs has no effect"),
     ("--resume", "there is no run in"),
     ("--backbone llada-9b --random-weights", "llada-9b is neither llada-8b"),
-    ("--memory-rank 1000000000000", "out of memory"),
     ("--lora-rank 100000000000000000", "out of memory"),
 ]
 
@@ -346,11 +299,11 @@ REFUSED = [
 @pytest.mark.parametrize(("flags", "named"), REFUSED)
 def test_what_cannot_be_tuned_is_one_line(tmp_path, capsys, flags, named):
     arguments = command(tmp_path / "run", *flags.replace("{}", str(tmp_path)).split())
-    assert named in refusal(memdlm.main, arguments, capsys)
+    assert named in refusal("memdlm", arguments, capsys)
     assert not (tmp_path / "run" / "adapter").exists()
 
 
 def test_four_bits_without_bitsandbytes_say_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     arguments = command(tmp_path / "run", "--load-4bit")
-    assert "pip install bitsandbytes" in refusal(memdlm.main, arguments, capsys)
+    assert "pip install bitsandbytes" in refusal("memdlm", arguments, capsys)

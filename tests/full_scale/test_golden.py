@@ -4,13 +4,10 @@ test_golden.py: our numbers equal those of the published code.
     python -m pytest tests/full_scale/test_golden.py [--golden DIR]
 
 The records were made by running the published code unmodified (float32, CPU) on tiny random models.
-Every record below DIR is found by its format (FORMATS, at the end) and replayed as a test of its
-own; DIR is tests/golden, a small part, unless said otherwise. All randomness is in the record,
-which is why every draw in memdlm.py and sample.py is an argument.
-
-What cannot be replayed fails: an unknown setting, sampler or table, a file without its partner, and
-every entry of a record that nothing was compared with (replaying.Record). Files in none of the
-formats are left alone.
+Every record below DIR (default: tests/golden, a small part) is found by its format (FORMATS, at the
+end) and replayed as a test of its own. All randomness is in the record. What cannot be replayed
+fails: an unknown setting, sampler or table, a file without its partner, and every entry of a record
+that nothing was compared with (replaying.Record). Files in none of the formats are left alone.
 """
 
 import random
@@ -19,7 +16,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import replaying
@@ -41,8 +37,6 @@ from full_scale.drafts import Draft, Style
 from full_scale.prompts import BENCHMARKS
 from memdlm import corrupt
 
-# ---- checkpoints and forward passes --------------------------------------------------------------
-
 
 def replay_checkpoint(folder: Path) -> None:
     """Every published tensor is in our model, bit for bit, and no other is wanted."""
@@ -61,8 +55,7 @@ def replay_forward(path: Path, case: str) -> None:
     for key, tensor in load_file(path).items():
         if key.startswith(f"{case}."):
             record[key.removeprefix(f"{case}.")] = tensor
-    ids, attention_mask, scores = record["input_ids"], record.get("attention_mask"), []
-    hooks = []
+    ids, attention_mask, scores, hooks = record["input_ids"], record.get("attention_mask"), [], []
     for i in model.config.moe_layers:
         router = model.layers[i].mlp.router
         hooks.append(router.register_forward_hook(lambda *call: scores.append(call[2])))
@@ -79,9 +72,6 @@ def replay_forward(path: Path, case: str) -> None:
     for name, value in ours.items():
         close(value, record[name], "values", name)
     record.finish(case)
-
-
-# ---- tables --------------------------------------------------------------------------------------
 
 
 def replay_table(table: Record | list[Record], name: str, path: Path) -> None:
@@ -105,44 +95,38 @@ def replay_schedule(table: Record, name: str, path: Path) -> None:
         assert SCHEDULES[name](tokens, steps) == quotas, key
 
 
-# ---- samplers and likelihood ---------------------------------------------------------------------
+def changes_of(decode: Callable[..., Tensor]) -> tuple[list, Tensor, Tensor]:
+    """Decodes. Returns the changes (place, old token, new token, probability of the new one) of
+    every row in every pass, the canvas in the end, and the answer. The probability is the model's,
+    even where tokens are suppressed."""
+    asked, canvases, passes = [], [], []
+
+    def predict(model, canvas: Tensor, *rest) -> Tensor:
+        logits = sample.guided_logits(model, canvas, *rest)
+        asked.append((canvas, rest[-1], logits.softmax(-1)))
+        return logits
+
+    answer = decode(watch=canvases.append, predict=predict)
+    for (before, at, probability), after in zip(asked, canvases, strict=True):
+        chances = torch.zeros(before.shape)
+        chances[at] = probability.gather(1, after[at][:, None])[:, 0]
+        rows = [[] for _ in before]
+        for row, place in (before != after).nonzero().tolist():
+            tokens = before[row, place].item(), after[row, place].item()
+            rows[row].append((place, *tokens, chances[row, place].item()))
+        passes.append(rows)
+    return passes, canvases[-1], answer
 
 
-def compare_decoding(decode: Callable[..., Tensor], pads: list[int], canvas: list, passes: list):
-    """Every commit of every pass of decode(watch=...), in its place and with its confidence, and
-    the canvas in the end.
-
-    Ours begins with `pads` tokens of padding, which the recorded one has at its end. The recorded
-    confidence is the model's probability, even where tokens are suppressed: ours takes that into
-    account.
-    """
-    plain, choices, canvases = [], [], []
-    choose_tokens, select = sample.choose_tokens, sample.select
-
-    def note_tokens(logits: Tensor, *rest) -> tuple[Tensor, Tensor]:
-        tokens, confidence = choose_tokens(logits, *rest)
-        plain.append(logits.softmax(-1).gather(1, tokens[:, None])[:, 0])
-        return tokens, confidence
-
-    def note_places(confidence: Tensor, *rest) -> Tensor:
-        chosen = select(confidence, *rest)
-        choices.append((chosen, confidence.masked_scatter(confidence >= 0, plain[-1])))
-        return chosen
-
-    with mock.patch.multiple(sample, choose_tokens=note_tokens, select=note_places):
-        decode(watch=canvases.append)
-    ours = [row[pad:] + [PAD] * pad for row, pad in zip(canvases[-1].tolist(), pads)]
-    assert ours == canvas
-    taken = [(*choice, after) for choice, after in zip(choices, canvases) if choice[0].any()]
-    passes = [rows for rows in passes if any(rows)]  # in some, nothing is committed
-    assert len(taken) == len(passes)
-    for k, (chosen, probability, after) in enumerate(taken):
-        for row, (pad, commits) in enumerate(zip(pads, passes[k], strict=True)):
-            at, commits = chosen[row].nonzero()[:, 0], sorted(commits)
-            assert at.tolist() == [place + pad for place, _, _ in commits], f"pass {k}"
-            assert after[row, at].tolist() == [token for _, token, _ in commits], f"pass {k}"
-            confidences = [confidence for _, _, confidence in commits]
-            close(probability[row, at], confidences, "confidence", f"confidences of pass {k}")
+def compare_passes(ours: list, recorded: list) -> None:
+    """Every change of every pass, but for passes that change nothing."""
+    ours, recorded = list(filter(any, ours)), list(filter(any, recorded))
+    assert len(ours) == len(recorded)
+    for k, (rows, recorded_rows) in enumerate(zip(ours, recorded)):
+        for row, changes in zip(rows, map(sorted, recorded_rows), strict=True):
+            assert [one[:3] for one in row] == [tuple(one[:3]) for one in changes], f"pass {k}"
+            probabilities = [one[3] for one in changes]
+            close([one[3] for one in row], probabilities, "confidence", f"confidences of pass {k}")
 
 
 # sampler -> our plan of blocks, and what it calls the lengths of the answer and of a block
@@ -168,77 +152,50 @@ def replay_trace(trace: Record, name: str, path: Path) -> None:
         "suppress": trace.get("suppress_tokens") or [],
     }
     model = model_named(trace["model"], path.parents[1])
-    decode = partial(sample.generate, model, prompts, blocks, **options)
-    compare_decoding(decode, pads, trace["output_ids"], trace["commits_per_model_call"])
+    passes, canvas, _ = changes_of(partial(sample.generate, model, prompts, blocks, **options))
+    ours = [row[pad:] + [PAD] * pad for row, pad in zip(canvas.tolist(), pads)]
+    assert ours == trace["output_ids"]
+    recorded = []
+    for commits in trace["commits_per_model_call"]:
+        by_row = zip(pads, commits, strict=True)
+        recorded.append([[(at + pad, MASK, *rest) for at, *rest in row] for pad, row in by_row])
+    compare_passes(passes, recorded)
     margins = ("min_confidence_gap_selected_vs_rejected", "min_logit_gap_top1_top2")
     trace.about("prompt_seed", *margins)
     trace.finish(name)
 
 
-def replay_block_trace(trace: Record, name: str, path: Path) -> None:
-    """LLaDA2's block sampler, whose record has every change of the canvas."""
-    assert trace["sampler"] == "memdlm/pipelines/llada21/sampler.py LLaDA2Sampler.sample"
+def replay_llada2(trace: Record, name: str, path: Path) -> None:
+    """LLaDA2's block sampler, and LLaDA2.1's, which also replaces what it has committed. Of
+    `generate` the record has the input of each call: what the last one did, it cannot show."""
+    _, _, method = trace["sampler"].partition(" (")[0].rpartition(" ")
     model, prompt = load(path.parent / "checkpoint"), torch.tensor([trace["prompt"]])
-    settings = ("max_new_tokens", "steps_per_block", "block_size", "threshold")
-    plan = [trace[setting] for setting in settings]
-    decode = partial(samplers.generate_llada2, model, prompt, *plan, suppress=[])
-    changes, passes = trace["changes_per_model_call"], []
-    for call in changes:
-        assert all(old == MASK for _, old, _, _ in call)
-        passes.append([[(place, new, probability) for place, _, new, probability in call]])
-    assert (len(changes), trace["n_edits_of_committed_tokens"]) == (trace["n_model_calls"], 0)
-    compare_decoding(decode, [0], [trace["output_ids"]], passes)
+    settings = {
+        "LLaDA2Sampler.sample": "max_new_tokens steps_per_block block_size threshold",
+        "LLaDA21Sampler.sample": "max_new_tokens editing_threshold block_size threshold",
+        "LLaDA2MoeModelLM.generate": "gen_length editing_threshold block_length threshold",
+    }[method]
+    plan = [trace[setting] for setting in settings.split()]
+    if method == "LLaDA2Sampler.sample":
+        decode = partial(samplers.generate_llada2, model, prompt, *plan)
+    else:
+        plan += [trace["num_to_transfer"], trace["max_post_steps"], trace.get("eos_id")]
+        decode = partial(samplers.generate_editing, model, prompt, *plan)
+    passes, canvas, answer = changes_of(decode)
+    output, recorded = canvas[0].tolist(), [[call] for call in trace["changes_per_model_call"]]
+    if method == "LLaDA2MoeModelLM.generate":
+        output = answer[0].tolist()
+        output = output[: output.index(PAD) + 1] if PAD in output else output
+        trace.about("steps")
+    assert output == trace["output_ids"]
+    spare = len(passes) - len(recorded)
+    assert method == "LLaDA2Sampler.sample" or spare in (0, "steps" in trace)
+    compare_passes(passes, recorded)
+    edits = sum(old != MASK for [changes] in passes for _, old, _, _ in changes)
+    assert trace["n_edits_of_committed_tokens"] == edits
+    assert trace["n_model_calls"] == len(recorded)
     trace["decision_margins"].about(*trace["decision_margins"])
     trace.about("prompt_seed")
-    trace.finish(name)
-
-
-def replay_editing(trace: Record, name: str, path: Path) -> None:
-    """LLaDA2.1's sampler, which also replaces what it has committed: every change of every call.
-    Of `generate` the record has the input of each call: what the last one did, it cannot show."""
-    _, _, method = trace["sampler"].partition(" (")[0].rpartition(" ")
-    assert method in ("LLaDA21Sampler.sample", "LLaDA2MoeModelLM.generate")
-    model, prompt = load(path.parent / "checkpoint"), torch.tensor([trace["prompt"]])
-    known, size = {"eos": trace.get("eos_id")}, "block_length" if "steps" in trace else "block_size"
-    thresholds = trace["editing_threshold"], trace[size], trace["threshold"]
-    length = trace["gen_length" if "steps" in trace else "max_new_tokens"]
-    plan = (length, *thresholds, trace["num_to_transfer"], trace["max_post_steps"])
-    calls, probabilities = [prompt], []
-    fill_and_edit = samplers.fill_and_edit
-
-    def note(canvas: Tensor, block: Tensor, given: Tensor, logits: Tensor, *rest) -> Tensor:
-        probabilities.append(
-            torch.zeros(canvas.shape).masked_scatter(block, logits.softmax(-1).amax(-1))
-        )
-        return fill_and_edit(canvas, block, given, logits, *rest)
-
-    with mock.patch.object(samplers, "fill_and_edit", note):
-        answer = samplers.generate_editing(model, prompt, *plan, **known, watch=calls.append)
-    changes, edits = [], 0
-    for before, after, probability in zip(calls, calls[1:], probabilities):
-        before = torch.nn.functional.pad(before, (0, after.shape[1] - before.shape[1]), value=MASK)
-        places = (before != after)[0].nonzero()[:, 0].tolist()
-        edits += int((before[0, places] != MASK).sum())
-        changes.append(
-            [(i, int(before[0, i]), int(after[0, i]), probability[0, i]) for i in places]
-        )
-    recorded = trace["changes_per_model_call"]
-    if "steps" in trace:
-        output, last = answer[0].tolist(), changes[len(recorded) :]
-        output = output[: output.index(PAD) + 1] if PAD in output else output
-        assert last in ([], [[]])
-    else:
-        output = calls[-1][0].tolist()
-        assert len(changes) == len(recorded)
-    assert output == trace["output_ids"]
-    for k, (ours, theirs) in enumerate(zip(changes, recorded)):
-        assert [one[:3] for one in ours] == [tuple(one[:3]) for one in sorted(theirs)], f"call {k}"
-        for one, other in zip(ours, sorted(theirs)):
-            close(one[3], other[3], "confidence", f"confidences of call {k}")
-    assert trace["n_model_calls"] == len(recorded)
-    assert trace["n_edits_of_committed_tokens"] == edits
-    trace["decision_margins"].about(*trace["decision_margins"])
-    trace.about("prompt_seed", "steps")
     trace.finish(name)
 
 
@@ -265,17 +222,9 @@ def replay_header(path: Path) -> None:
     assert file.get("eos_id", PAD) == file.get("pad_id", PAD) == PAD
 
 
-# ---- scores --------------------------------------------------------------------------------------
-
-METRICS = {
-    "string_match_all": scoring.string_match_all,
-    "string_match_part": scoring.string_match_part,
-}
-
-
 def ruler_score(example: Record) -> float:
     prediction = scoring.clean(example["prediction"])
-    return METRICS[example["metric"]](example["references"], prediction)
+    return getattr(scoring, example["metric"])(example["references"], prediction)
 
 
 def replay_ruler_score(example: Record, name: str, path: Path) -> None:
@@ -300,10 +249,9 @@ def replay_ruler_mean(entry: Record, name: str, path: Path) -> None:
 
 def babilong_scores(record: Record, output: str) -> list[float]:
     """By BABILong's rule, by its older rule, and by the harness's."""
-    task, question, target = record["task"], record["question"], record["target"]
-    correct = scoring.babilong_correct(task, question, target, output)
-    contains = target.lower() in scoring.first_statement(output)  # BABILong's older rule
-    return [correct, contains, scoring.babilong_accuracy(target, output)]
+    target, statement = record["target"], scoring.first_statement(output)
+    correct = scoring.babilong_correct(record["task"], record["question"], target, output)
+    return [correct, target.lower() in statement, scoring.babilong_accuracy(target, output)]
 
 
 def replay_babilong_score(example: Record, name: str, path: Path) -> None:
@@ -311,9 +259,6 @@ def replay_babilong_score(example: Record, name: str, path: Path) -> None:
     assert babilong_scores(example, example["output"]) == [example[rule] for rule in rules]
     assert scoring.first_statement(example["output"]) == example["preprocessed"]
     example.finish(name)
-
-
-# ---- prompts -------------------------------------------------------------------------------------
 
 
 def ruler_draft(task: str, length: int, protocol: str) -> Draft:
@@ -375,13 +320,10 @@ def replay_babilong_prompt(recorded: Record, task: str, path: Path) -> None:
     recorded.finish(task)
 
 
-# ---- descriptions of tasks and of real checkpoints -----------------------------------------------
-
 RULER_PROMPTS = dict.fromkeys(ruler.NIAH, ruler.NIAH_PROMPT)
-RULER_PROMPTS["ruler_vt"] = ruler.VT_PROMPT
-RULER_PROMPTS["ruler_cwe"] = ruler.CWE_PROMPT
-RULER_PROMPTS["ruler_fwe"] = ruler.FWE_PROMPT
 RULER_PROMPTS |= dict.fromkeys(documents.DOCUMENTS, ruler.WORDS["ruler_qa"])
+RULER_PROMPTS |= {"ruler_vt": ruler.VT_PROMPT, "ruler_cwe": ruler.CWE_PROMPT}
+RULER_PROMPTS |= {"ruler_fwe": ruler.FWE_PROMPT}
 
 
 def replay_ruler_description(path: Path) -> None:
@@ -417,16 +359,11 @@ def compare_ruler_settings(settings: dict[str, Record], cwe: Record) -> None:
     chain = {"type_haystack": "noise", "num_chains": 1, "num_hops": hops}
     assert settings["ruler_vt"] == chain
     assert settings["ruler_fwe"] == {"alpha": 2.0}  # the exponent in ruler.coded_text
-
-    def counts(setting: Record) -> tuple[int, int]:
-        return setting["freq_cw"], setting["freq_ucw"]
-
-    long, short = settings["ruler_cwe"], cwe["if_max_seq_length_below_4096"]
-    shown, shown_short = cwe["example_otherwise"], short["example"]
-    assert {
-        4096: (counts(long), shown["num_words"], counts(shown)),
-        0: (counts(short), shown_short["num_words"], counts(shown_short)),
-    } == ruler.CWE_COUNTS
+    short, long = cwe["if_max_seq_length_below_4096"], settings["ruler_cwe"]
+    both = {0: (short, short["example"]), 4096: (long, cwe["example_otherwise"])}
+    for least, (setting, shown) in both.items():
+        counts = [(one["freq_cw"], one["freq_ucw"]) for one in (setting, shown)]
+        assert ruler.CWE_COUNTS[least] == (counts[0], shown["num_words"], counts[1])
     assert long["num_cw"] == len(ruler_draft("ruler_cwe", 4096, "original").references)
 
 
@@ -465,13 +402,11 @@ def one_for_all(tensor: str) -> str:
 def spelled_out(patterns: list[str]) -> Iterable[str]:
     """layers.0.{up,down}.weight (a remark) -> layers.N.up.weight and layers.N.down.weight."""
     for pattern in patterns:
-        name, _, _ = pattern.partition(" ")
-        start, choices, stop = re.fullmatch(r"([^{]*)(?:\{(.*)\})?(.*)", name).groups()
+        start, choices, stop = re.match(r"([^{ ]*)(?:\{(.*)\})?([^ ]*)", pattern).groups()
         for choice in (choices or "").split(","):
             yield one_for_all(start + choice + stop)
 
 
-# ---- finding all of it ---------------------------------------------------------------------------
 # Each function takes a file or folder and yields the records in it: a name, and the arguments of
 # what replays it.
 
@@ -517,9 +452,9 @@ FORMATS = [
     ("sampler/traces.json", replay_trace, partial(each_entry, key="traces")),
     ("sampler/traces.json", replay_likelihood, partial(each_entry, key="log_likelihood")),
     ("sampler/traces.json", replay_header, whole),
-    ("llada21/sampler_traces.json", replay_block_trace, partial(each_entry, key="traces")),
+    ("llada21/sampler_traces.json", replay_llada2, partial(each_entry, key="traces")),
     ("llada21/sampler_traces.json", replay_header, whole),
-    ("llada21/editing_traces.json", replay_editing, partial(each_entry, key="traces")),
+    ("llada21/editing_traces.json", replay_llada2, partial(each_entry, key="traces")),
     ("llada21/editing_traces.json", replay_header, whole),
     ("ruler/scoring_examples.json", replay_ruler_score, partial(each_entry, key="single")),
     ("ruler/scoring_examples.json", replay_ruler_mean, partial(each_entry, key="dataset_level")),

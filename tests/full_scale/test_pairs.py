@@ -25,15 +25,6 @@ def line(prompt="Say hi.", response="hi") -> str:
     return json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False)
 
 
-def encoded(pairs: list[dict]) -> list[Example]:
-    """Prompts through the chat template, responses closed by the backbone's EOS."""
-    examples = []
-    for pair in pairs:
-        response = [*TEMPLATED.encode(pair["response"]), TEMPLATED.eos]
-        examples.append(Example(TEMPLATED.encode_prompt(pair["prompt"]), response))
-    return examples
-
-
 ALPACA = [
     {"instruction": "Read.", "input": "A long text.", "output": "Done.", "file": "x"},
     {"instruction": "Say hi.", "input": "", "output": "hi"},
@@ -75,7 +66,11 @@ def test_pairs_of_an_alpaca_file_which_may_come_from_the_hub(tmp_path, monkeypat
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
-    assert read_data("Some/Long", TEMPLATED, 1000) == (encoded(IN_PAIRS), 0)
+    pairs, _ = read_data("Some/Long", TEMPLATED, 1000)
+    (tmp_path / "own.jsonl").write_text(jsonl(IN_PAIRS))
+    assert pairs == read_data("own.jsonl", TEMPLATED, 1000)[0]
+    assert pairs[0].prompt == TEMPLATED.encode_prompt(IN_PAIRS[0]["prompt"])
+    assert pairs[0].response == [*TEMPLATED.encode("Done."), TEMPLATED.eos]
     (tmp_path / "Some").mkdir()
     (tmp_path / "Some" / "Long").write_text(jsonl(IN_PAIRS[:1]))
     assert len(read_data("Some/Long", TEMPLATED, 1000)[0]) == 1
@@ -87,27 +82,13 @@ def test_pairs_of_an_alpaca_file_which_may_come_from_the_hub(tmp_path, monkeypat
 
 def test_pairs_that_are_too_long_are_left_out_and_counted(tmp_path):
     """Prompt, template, response and EOS are counted, and may fill the length exactly."""
-    path, examples = tmp_path / "pairs.jsonl", encoded(PAIRS)
+    path = tmp_path / "pairs.jsonl"
     path.write_text(jsonl(PAIRS))
-    longest = sorted(len(pair.prompt) + len(pair.response) for pair in examples)[11]
-    kept = [pair for pair in examples if len(pair.prompt) + len(pair.response) <= longest]
-    assert 12 <= len(kept) < 20
+    pairs, _ = read_data(str(path), TEMPLATED, 1000)
+    longest = sorted(len(pair.prompt) + len(pair.response) for pair in pairs)[11]
+    kept = [pair for pair in pairs if len(pair.prompt) + len(pair.response) <= longest]
+    assert 12 <= len(kept) < len(pairs) == 20
     assert read_data(str(path), TEMPLATED, longest) == (kept, 20 - len(kept))
-
-
-# ---- bad input -------------------------------------------------------------------------------
-
-BAD_LINES = {
-    "not JSON": "{'prompt': 'a', 'response': 'b'}",
-    "nested without end": "{" + '"a":[' * 100_000,
-    "missing prompt": '{"response": "b"}',
-    "missing response": '{"prompt": "a"}',
-    "not a string": '{"prompt": "a", "response": 3}',
-    "not an object": '["a", "b"]',
-    "empty prompt": line(prompt=""),
-    "blank response": line(response=" \n\t"),
-    "what the tokenizer refuses": line(prompt="forbidden"),
-}
 
 
 class Choosy(TinyTokenizer):
@@ -119,42 +100,45 @@ class Choosy(TinyTokenizer):
         return self.encode(text)
 
 
-@pytest.mark.parametrize("name", BAD_LINES)
-def test_a_bad_line_is_named_by_file_and_number(tmp_path, name):
-    """Counted as an editor counts."""
+# What stands in line 3 of a JSONL file, or is a whole file -> the place that is named.
+BAD = {
+    "{'prompt': 'a', 'response': 'b'}": ", line 3: ",
+    "{" + '"a":[' * 100_000: ", line 3: ",  # nested without end
+    '{"response": "b"}': ", line 3: ",
+    '{"prompt": "a"}': ", line 3: ",
+    '{"prompt": "a", "response": 3}': ", line 3: ",
+    '["a", "b"]': ", line 3: ",
+    line(prompt=""): ", line 3: ",
+    line(response=" \n\t"): ", line 3: ",
+    line(prompt="forbidden"): ", line 3: ",
+    '[{"instruction": "a", "output": "b"}, {"output": "b"}]': ", record 2: ",
+    '[{"instruction": "a", "output": 3}]': ", record 1: ",
+    '[{"instruction": "a", "input": ["b"], "output": "c"}]': ", record 1: ",
+    '["a"]': ", record 1: ",
+    '[{"instruction": "a"': ": not valid JSON",
+    "[]": ": none of 0 pairs",
+    "\n  \n": ": none of 0 pairs",
+    "\udcff": "",  # not UTF-8
+    None: "",
+}
+
+
+@pytest.mark.parametrize(("content", "named"), BAD.items(), ids=range(len(BAD)))
+def test_bad_input_is_named_by_file_and_place(tmp_path, content, named):
+    """Lines are counted as an editor counts them, Alpaca's records from 1; a file may be missing,
+    empty, or not UTF-8."""
     path = tmp_path / "pairs.jsonl"
-    path.write_text(f"{line()}\n\n{BAD_LINES[name]}\n{line()}\n", encoding="utf-8")
-    with pytest.raises(UserError, match=re.escape(f"{path}, line 3: ")) as caught:
+    if content is not None:
+        text = f"{line()}\n\n{content}\n{line()}\n" if "line" in named else content
+        path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=re.escape(f"{path}{named}")) as caught:
         read_data(str(path), Choosy(), 100)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        (b'[{"instruction": "a", "output": "b"}, {"output": "b"}]', ", record 2: "),
-        (b'[{"instruction": "a", "output": 3}]', ", record 1: "),
-        (b'[{"instruction": "a", "input": ["b"], "output": "c"}]', ", record 1: "),
-        (b'["a"]', ", record 1: "),
-        (b'[{"instruction": "a"', ": not valid JSON"),
-        (b"[]", ": none of 0 pairs"),
-        (b"\n  \n", ": none of 0 pairs"),
-        (line().encode() + b"\n\xff\xfe\n", ""),
-        (None, ""),
-    ],
-)
-def test_a_bad_record_or_file_is_named(tmp_path, content, named):
-    """Alpaca's records are counted; a file may be missing, empty, or not UTF-8."""
-    path = tmp_path / "pairs.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(f"{path}{named}")):
-        read_data(str(path), TINY, 1000)
-
-
 def test_padding_is_a_target_or_hidden():
-    """pads="learn": it is visible and maskable, so that the model learns to stop; "ignore": it is
-    neither. A prompt never is maskable, and each response's own EOS always is."""
+    """pads="learn": visible and maskable, so that the model learns to stop; "ignore": neither. A
+    prompt never is maskable, and each response's own EOS always is."""
     pairs = [Example([1], [4, 9]), Example([5], [6, 7, 8, 9])]
     learn, ignore = (collate(pairs, "cpu", 9, pads) for pads in PADS)
     assert learn.x0.tolist() == ignore.x0.tolist() == [[1, 4, 9, 9, 9], [5, 6, 7, 8, 9]]

@@ -1,31 +1,181 @@
 """
-test_prompts.py: what holds for a question of any benchmark task: it is as long as was asked for, it
-depends on its own arguments alone, and a length that is too short is refused with one that is not.
+test_prompts.py: a prompt of RULER says what its answer needs, whatever was drawn; what holds for a
+question of any task; and how answers score. (Wording and published scores: test_golden.py.)
 """
 
+import itertools
 import re
+import sys
 
 import pytest
 from commands import questions
+from remaking import NEEDLE, REMAKE, listed_in
 
+from full_scale import ruler
+from full_scale.documents import read_qa
 from full_scale.drafts import Style
-from full_scale.prompts import BENCHMARKS, check_length, grow, make_draft, make_question
+from full_scale.prompts import BENCHMARKS, Question, check_length, grow, make_draft, make_question
+from full_scale.scoring import METRICS, metrics_of
 from model import UserError
 
-ORIGINAL = Style(
-    lambda text, prefix: list((text + prefix).encode()), qa=questions()
-)  # every letter is a token
-HARNESS = ORIGINAL._replace(protocol="harness")
-LENGTH = 4000
+# Every letter is a token.
+ORIGINAL = Style(lambda text, prefix: list((text + prefix).encode()), qa=questions())
+ESSAY = 'Once there was a fox. "Who are you?" it asked. Nobody knew! The road went on... and on.'
+LENGTH = 4000  # of prompt and answer
 EVERY = pytest.mark.parametrize("task", BENCHMARKS)
-BOTH = pytest.mark.parametrize("style", [ORIGINAL, HARNESS], ids=["original", "harness"])
+BOTH = pytest.mark.parametrize("protocol", ["original", "harness"])
+HAY = pytest.mark.parametrize("haystack", [None, ESSAY], ids=["noise", "essay"])
+
+
+def ask(task: str, index: int = 0, length: int = 3000, **style) -> Question:
+    return make_question(task, index, length, 0, ORIGINAL._replace(**style))
+
+
+def context_of(question: Question) -> str:
+    """What stands between the first line of a needle task and its question."""
+    return question.text.split("\n", 1)[1].rsplit("\n", 1)[0]
+
+
+@BOTH
+@HAY
+@pytest.mark.parametrize("task", ruler.RULER)
+def test_our_prompts_come_apart_like_the_published_ones(task, haystack, protocol):
+    """Every needle is there, in the order of the answer; the variables are one chain; words are as
+    frequent as their length says; nothing else is there. (The harness strips the prefix.)"""
+    for index, length in ((0, 3000), (1, 3000), (0, 8000)):
+        question = ask(task, index, length, haystack=haystack, protocol=protocol)
+        prefix = make_draft(task, index, length, 0, ORIGINAL._replace(protocol=protocol)).prefix
+        text, answers = question.text.removesuffix(prefix), list(question.references)
+        again, published = REMAKE[task](task, text, answers, protocol, length)
+        assert again == text
+        if protocol == "harness":
+            published = ("\n\n" if task == "ruler_cwe" else " ") + published.strip()
+        assert prefix == published
+
+
+@pytest.mark.parametrize("task", ["niah_single_2", "niah_multiquery"])
+def test_essay_is_the_users_text_again_and_again(task):
+    """Needles stand between its sentences. Without them it is there word for word."""
+    for index in range(20):
+        context = context_of(ask(task, index, haystack=ESSAY.replace(" ", " \n\t")))
+        before, *_ = re.split(NEEDLE, context)
+        assert before == " " or re.search(r'[.!?]"? $', before)
+        words = re.sub(NEEDLE, "", context).split()
+        assert len(words) > 2 * len(ESSAY.split())
+        assert words == list(itertools.islice(itertools.cycle(ESSAY.split()), len(words)))
+    with pytest.raises(UserError, match=r"^[^\n]*--haystack[^\n]*$"):
+        ask(task, haystack=" \n")  # no reason to fall back on noise
+
+
+@HAY
+@pytest.mark.parametrize("task", ruler.NIAH)
+def test_depth_is_where_the_asked_needle_stands(task, haystack):
+    """0 is the beginning of the haystack, 1 its end; several needles have no one depth."""
+    questions = [ask(task, index, haystack=haystack) for index in range(12)]
+    if len(questions[0].references) > 1:
+        assert {question.depth for question in questions} == {None}
+        return
+    for question in questions:
+        context = context_of(question)
+        needles = re.finditer(NEEDLE, context)
+        needle = next(match for match in needles if match[3] == question.references[0])
+        before, after = needle.start(), len(context) - needle.end()
+        assert question.depth == pytest.approx(before / (before + after), abs=0.01)
+    depths = [question.depth for question in questions]
+    assert 0 <= min(depths) < 0.2 < 0.8 < max(depths) <= 1
+
+
+def test_hay_of_needles_avoids_the_keys_that_are_asked_for():
+    """Otherwise a question could have two answers."""
+    spec = ruler.NIAH["niah_multikey_2"]
+    key = re.fullmatch(NEEDLE, ruler.needle_hay(spec, [], seed=7, size=3)[2])[2]
+    assert not any(key in line for line in ruler.needle_hay(spec, [key], seed=7, size=5))
+
+
+@BOTH
+def test_examples_of_tracking_differ_in_names_alone(protocol):
+    """Statements stand in the same lines, as many lines as 500 tokens have room for."""
+    names, plain, quarter = [], [], lambda text, prefix: range(len(text + prefix) // 4)
+    for index in range(2):
+        text = ask("ruler_vt", index, protocol=protocol, encode=quarter).text
+        example = text[: text.rindex("Memorize and track")]
+        names.append(re.findall("VAR ([A-Z]{3}) =", example))
+        plain.append(re.sub(r"\d{5}", "N", re.sub(r"\b[A-Z]{3}\b(?<!VAR)", "X", example)))
+    assert names[0] != names[1]
+    assert plain[0] == plain[1]
+    assert len(plain[0]) // 4 <= 500 < (len(plain[0]) + 5 * len(ruler.GRASS)) // 4 + 30
+
+
+def test_list_ends_with_the_dictionary(monkeypatch):
+    """There are some 8,000 words; a length that would need more is left short. Where the package
+    of the words is missing, it is named."""
+    question = ask("ruler_cwe", length=10**7, encode=lambda text, prefix: range(len(text)))
+    listed = listed_in(question.text[question.text.rindex("Below") :].split("\n")[1])
+    assert set(listed) == set(ruler.english("noun", "adjective", "verb"))
+    assert len(question.prompt) + question.tokens < 10**6
+    ruler.english.cache_clear()
+    monkeypatch.setitem(sys.modules, "wonderwords", None)
+    with pytest.raises(UserError, match=r"^[^\n]*pip install wonderwords[^\n]*$"):
+        ask("ruler_cwe")
+
+
+def test_smallest_coded_text_has_three_winners():
+    """Below 53 words the third and the fourth coded word may be equally frequent; then never."""
+    texts = {total: ruler.coded_text(list("abcde"), total) for total in range(10, 1000)}
+    tied = [total for total, text in texts.items() if text.count("d") == text.count("e")]
+    smallest = make_draft("ruler_fwe", 0, 3000, 0, ORIGINAL).smallest
+    assert max(tied) + 1 == smallest
+
+
+def houses(question: Question) -> list[str]:
+    """The documents of a prompt: "12.3" for "House 12.3 is small. ..."."""
+    documents = re.findall(r"Document (\d+):\n(?:House|Town) (\d+\.\d)", question.text)
+    assert [int(number) for number, _ in documents] == list(range(1, len(documents) + 1))
+    return [name for _, name in documents]
+
+
+def test_the_paragraph_that_answers_is_there_and_its_article_comes_first():
+    """SQuAD: first the question's own paragraph, then the other three of its article, then others.
+    A longer prompt has the documents of a shorter one. HotpotQA: all three are always there."""
+    lengths = [500, 600, 700, 1000, 3000]
+    for index in (0, 7):
+        own = re.search(r"house (\d+\.\d)", ask("ruler_qa_1", index, 500).text)[1]
+        found = [houses(ask("ruler_qa_1", index, length)) for length in lengths]
+        for short, long in itertools.pairwise(found):
+            assert own in short
+            assert set(short) <= set(long)
+            strangers = [name for name in long if name.split(".")[0] != own.split(".")[0]]
+            assert not strangers or len(set(long) - set(strangers)) == 4
+        assert len(found[-1]) > len(found[0]) > 0
+    for length in (700, 3000):
+        names = houses(ask("ruler_qa_2", 5, length))
+        assert {"5.0", "5.1", "5.2"} <= set(names)
+        assert len(set(names)) == len(names)
+    places = set()
+    for i in range(9):
+        places.add(houses(ask("ruler_qa_1", i, 700 + 97 * i)).index(f"{i // 3}.{i % 3}"))
+    assert len(places) > 2, "documents are not mixed"
+
+
+def test_questions_without_an_answer_are_not_asked(tmp_path):
+    """SQuAD 2.0 has many; here each fourth one. Another file than the published one is named."""
+    asked, documents = read_qa(questions() / "squad.json", "ruler_qa_1")
+    assert (len(asked), len(documents)) == (120, 160)
+    assert asked[0].answers == ("Ann00", "Miss Ann00")
+    with pytest.raises(UserError, match=r"has 120 questions: lower --samples\.$"):
+        ask("ruler_qa_1", 120, 1000)
+    for text in ("{}", "[1]", "no JSON"):
+        (tmp_path / "squad.json").write_text(text)
+        with pytest.raises(UserError, match=r"^--qa: [^\n]*squad.json is not the published file"):
+            ask("ruler_qa_1", qa=tmp_path)
+        read_qa.cache_clear()
 
 
 @BOTH
 @EVERY
-def test_prompt_and_answer_fill_the_length_to_the_last_unit_of_haystack(task, style):
+def test_prompt_and_answer_fill_the_length_to_the_last_unit_of_haystack(task, protocol):
     """One more line, or word, of haystack would not fit."""
-    sizes = []
+    sizes, style = [], ORIGINAL._replace(protocol=protocol)
 
     def render(size: int):
         sizes.append(size)
@@ -53,9 +203,9 @@ def test_question_depends_on_its_own_arguments_alone(task):
 
 @BOTH
 @EVERY
-def test_length_that_is_too_short_is_refused_with_the_shortest_that_is_not(task, style):
-    """All of the questions fit into the length that the message names, and one of them, with the
-    smallest haystack that leaves it one answer, fills it."""
+def test_length_that_is_too_short_is_refused_with_the_shortest_that_is_not(task, protocol):
+    """All of the questions fit into the length that the message names, and one fills it."""
+    style = ORIGINAL._replace(protocol=protocol)
     with pytest.raises(UserError, match=r"^[^\n]* 64 [^\n]*$") as refusal:
         check_length(task, 8, 64, 0, style)
     least = int(re.search(rf"^{task} needs at least (\d+) tokens", str(refusal.value))[1])
@@ -66,3 +216,44 @@ def test_length_that_is_too_short_is_refused_with_the_shortest_that_is_not(task,
         check_length(task, 8, least - 1, 0, style)
     with pytest.raises(UserError, match=rf"^{task} needs at least \d+ tokens; [^\n]* 64 "):
         make_question(task, 0, 64, 0, style)
+
+
+@EVERY
+def test_only_the_right_answer_scores(task):
+    """Silence and the question itself score 0. The rule of the protocol makes the score."""
+    rules = [metrics_of(task, protocol)[0] for protocol in ("original", "harness")]
+    assert rules == (["babilong", "harness"] if "babilong" in task else metrics_of(task) * 2)
+    for index in range(5):
+        question = make_question(task, index, LENGTH, 0, ORIGINAL)
+        answer = ", ".join(question.references)
+        if "ruler_qa" in task:
+            answer = question.references[-1]
+        for said, score in ((answer, 1), (f"It is {answer}.", 1), ("", 0), (question.asked, 0)):
+            assert {METRICS[name](question, said) for name in metrics_of(task)} == {score}
+
+
+KITCHEN = "qa3", "kitchen", "Where was the milk before the office?"
+CARRIED = "What is Mary carrying?"
+SAID = [  # what is said, the task, its target and the question, and the score
+    ("Before the office it was in the KITCHEN. Or in the garden?", *KITCHEN, 1),
+    ("In the garden. Then in the kitchen.", *KITCHEN, 0),
+    ("In the kitchen <example> in the garden", *KITCHEN, 1),
+    ("None.", "qa7", "none", CARRIED, 1),
+    ("None.", "qa7", "one", CARRIED, 0),
+    ("one or none", "qa7", "none", CARRIED, 0),
+    ("Milk and apple", "qa8", "apple,milk", CARRIED, 1),
+    ("apple", "qa8", "apple,milk", CARRIED, 0),
+    ("apple, milk", "qa8", "apple", CARRIED, 0),
+    ("nothing", "qa8", "nothing", CARRIED, 1),
+    ("Maybe yes.", "qa10", "maybe", CARRIED, 0),
+    ("I do not know.", "qa9", "no", CARRIED, 1),
+]
+
+
+@pytest.mark.parametrize(("said", "task", "target", "asked", "score"), SAID)
+def test_babilong_wants_the_label_alone_in_the_first_statement(said, task, target, asked, score):
+    """Labels of the question are set aside, and lists are sets. "none" is no "one" (but "not" has a
+    "no", as in the published rule). The harness's rule takes any mention of the target."""
+    question = Question(f"babilong_{task}", [], 20, (target,), asked=asked)
+    assert METRICS["babilong"](question, said) == score
+    assert METRICS["harness"](question, said) == (target in said.lower())

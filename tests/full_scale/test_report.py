@@ -1,11 +1,21 @@
 """
-test_report.py: tables and pictures of long evaluations. Intervals are those of the textbooks, a
-score stands beside all that it takes to quote it, and what has no score is shown as missing.
+test_report.py: tables and pictures of long evaluations, and the page of measurements (bench.py,
+whose small sizes .ci/run measures). What has no score is shown as missing.
 """
 
-import pytest
+import json
+from unittest import mock
 
-from full_scale import report
+import pytest
+import torch
+from backbones import toy_model
+from commands import refusal
+from night import pass_flops
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from full_scale import bench, experts, report
+from lab.tools import guarded
 
 
 def scored(task="niah_single_1", length=64, score=0.5, method="base") -> dict:
@@ -17,29 +27,16 @@ def scored(task="niah_single_1", length=64, score=0.5, method="base") -> dict:
     return record | {"ci95": [score / 2, 1.0], "scores": scores, "steps": 20.0}
 
 
-def results(*records: dict, bias: list = (), failed: list = ()) -> dict:
-    return {
-        "config": {"memory": True, "write": "paper", "bias_steps": 2},
-        "machine": {"device": "cpu", "dtype": "bfloat16"},
-        "niah": list(records),
-        "depths": [],
-        "pairs": 5 if bias or failed else 0,
-        "exposure_bias": list(bias),
-        "failed": list(failed),
-    }
+def results(*records: dict) -> dict:
+    config = {"memory": True, "write": "paper"}
+    found = {"config": config, "machine": {"device": "cpu", "dtype": "bfloat16"}, "pairs": 0}
+    return found | {"niah": records, "depths": [], "exposure_bias": []}
 
 
-def walked(method: str, mask_ratio: float) -> dict:
-    losses = {"static": 2.0, "sequential": 3.0, "ratio": 1.5}
-    return {"method": method, "mask_ratio": mask_ratio, "seed": 3, **losses}
-
-
-@pytest.mark.parametrize(
-    ("mean", "n", "interval"),
-    [(0.5, 10, [0.23659, 0.76341]), (0.0, 10, [0, 0.27754]), (0.9, 100, [0.82563, 0.94477])],
-)
-def test_wilson_interval_equals_published_values(mean, n, interval):
-    assert report.wilson_interval(mean, n) == pytest.approx(interval, abs=1e-4)
+def test_wilson_interval_equals_published_values():
+    for mean, n, *interval in ((0.5, 10, 0.23659, 0.76341), (0.0, 10, 0, 0.27754)):
+        assert report.wilson_interval(mean, n) == pytest.approx(interval, abs=1e-4)
+    assert report.wilson_interval(0.9, 100) == pytest.approx([0.82563, 0.94477], abs=1e-4)
 
 
 def test_babilong_has_a_mean_of_its_own_and_counts_once_in_the_mean_of_all():
@@ -55,8 +52,7 @@ def test_babilong_has_a_mean_of_its_own_and_counts_once_in_the_mean_of_all():
 
 
 def test_needles_are_counted_by_depth_in_five_bins():
-    """Depth 1, the haystack's end, is in the last bin, not in a sixth. Needles beside others, and
-    tasks that have no depth, are in none."""
+    """Depth 1 is in the last bin, not in a sixth; needles beside others are in none."""
     place, answers = {"method": "base", "length": 64}, []
     for depth, score in ((0.0, 1.0), (0.8, 0.0), (1.0, 1.0)):
         for task in ("niah_single_1", "niah_multikey_2"):
@@ -66,24 +62,70 @@ def test_needles_are_counted_by_depth_in_five_bins():
     assert report.depth_records(answers) == [first, {**place, "depth": 4, "score": 0.5, "n": 2}]
 
 
-def test_pictures_show_what_was_measured_and_leave_out_what_was_not(tmp_path, monkeypatch):
-    """Rows with a single point are drawn; without a score there is no curve. In the picture of a
-    sweep, the row without a memory of the same checkpoint is a level line."""
+def test_picture_of_a_sweep_has_a_level_line(tmp_path, monkeypatch):
+    """It is the row without a memory of the same checkpoint. Without a score there is no curve."""
     drawn, draw_panels = [], report.draw_panels
     methods = ("base", "memdlm_train", "memdlm_train_inference@0.9", "memdlm_train_inference@0.1")
     records = [scored(method=method, score=0.1 * i) for i, method in enumerate(methods)]
     records.append(scored(length=96, score=None, method="base_inference"))
-    found = results(*records, bias=[walked(method, 1.0) for method in methods])
-    found["depths"] = [{"method": "base", "length": 64, "depth": 4, "score": 0.5, "n": 2}]
 
     def watched(panels, path):
         drawn.extend([list(xs), list(ys)] for xs, ys, *_ in panels[0]["lines"])
         draw_panels(panels, path)
 
     monkeypatch.setattr(report, "draw_panels", watched)
-    report.draw_pictures(found, tmp_path)
+    report.draw_pictures(results(*records), tmp_path)
     assert drawn[-2:] == [[[0.1, 0.9], pytest.approx([0.3, 0.2])], [[0.1, 0.9], [0.1, 0.1]]]
-    names = {"niah.png", "anchor_ratio.png", "depth.png", "exposure_bias.png"}
-    assert {path.name for path in tmp_path.iterdir()} == names
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"niah.png", "anchor_ratio.png"}
     report.draw_pictures(results(scored(score=None)), tmp_path / "absent")
+
+
+@pytest.mark.parametrize("kind", ["llada", "llada-moe"])
+def test_work_is_counted_as_torch_counts_it(kind):
+    """Of the forward pass through all layers, attention included."""
+    model = toy_model(kind, torch.float32)
+    counter = FlopCounterMode(display=False)
+    looped = mock.patch.object(experts, "kernel_fits", return_value=False)
+    with torch.no_grad(), counter, looped, sdpa_kernel(SDPBackend.MATH):  # all is counted then
+        model.run(model.embedding(torch.zeros(1, 40, dtype=torch.long)))
+    with mock.patch("night.llada_config", return_value=model.config):
+        assert pass_flops(40) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    """Nothing is measured twice; ratios stand in the end."""
+    names = ["m, mdlm, 2 x 8", "m, memdlm, 2 x 8", "m, 8 tokens after 9 --cache"]
+    names.append("m, 8 tokens after 9")
+    todos = [mock.Mock(return_value={"s": spent}) for spent in (2.0, 3.0, 0.5, 10.0)]
+    monkeypatch.setattr(bench, "cases", lambda prompts: zip(names, todos))
+    flags = ["--out", str(tmp_path), "--prompts", "9"]
+    bench.run([*flags, "--minutes", "0"])
+    assert "4 cases are left" in capsys.readouterr().out
+    todos[1].side_effect = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(flags)
+    todos[1].side_effect = None
+    bench.run(flags)
+    bench.run(flags)
+    assert [todo.call_count for todo in todos] == [1, 2, 1, 1]
+    table = (tmp_path / "table.md").read_text()
+    assert "1.50 of mdlm's time" in table
+    assert "20.0 times as fast" in table
+
+
+def test_no_room_is_a_line_and_another_machine_is_refused(tmp_path, monkeypatch, capsys):
+    no_room = RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
+    monkeypatch.setattr(bench, "cases", lambda prompts: [("large", mock.Mock(side_effect=no_room))])
+    bench.run(["--out", str(tmp_path)])
+    assert "| large | - | - | - | - | out of memory |" in capsys.readouterr().out
+    path = tmp_path / "bench.json"
+    known = json.loads(path.read_text())
+    known["machine"]["device"] = "another"
+    path.write_text(json.dumps(known))
+
+    def main(arguments):
+        guarded(lambda: bench.run(arguments))
+
+    assert "was measured on another machine" in refusal(main, ["--out", tmp_path], capsys)
+    path.write_text("{oops")
+    assert "cannot read" in refusal(main, ["--out", tmp_path], capsys)

@@ -1,6 +1,7 @@
 """
-test_samplers.py: dLLM's schedule, LLaDA2's block sampler with its block-causal attention, and
-`sample.py --backbone` from end to end on toy checkpoints. (test_golden.py replays recorded traces.)
+test_samplers.py: LLaDA2's block sampler, `sample.py --backbone` from end to end on toys, and
+`--cache`: later passes of a block compute a window of the canvas, whose queries read keys and
+values that the first pass has kept. (test_golden.py replays recorded schedules and traces.)
 """
 
 import functools
@@ -13,92 +14,48 @@ from unittest import mock
 
 import pytest
 import torch
-from backbones import MASK, SETTINGS, VOCABULARY, add_random_lora, toy_model, write_checkpoint
+from backbones import (
+    MASK,
+    SETTINGS,
+    VOCABULARY,
+    add_random_lora,
+    random_fast,
+    toy_model,
+    write_checkpoint,
+)
 from commands import FOLDER, checkpoints, refusal
+from test_finetune import tune
 from torch import Tensor
+from toys import ask as evaluate
+from toys import command, predictions
 
-import memdlm
 import sample
 from full_scale.adapters import save_adapter
+from full_scale.cache import VARIANTS, CachedLogits, cached
 from full_scale.checkpoints import count, linear_layers
-from full_scale.samplers import block_causal_mask, dllm_blocks, generate_llada2, rounded_schedule
-from model import Transformer
-from sample import plan_blocks, select
+from full_scale.samplers import generate_llada2
+from lab.tools import start
+from memdlm import Memory
+from model import Attention, Config, Transformer, init_weights
+from sample import generate, guided_logits, plan_blocks
 
 PROMPT = "Who is it?"  # 24 tokens with the chat template
-
-
-@pytest.mark.parametrize(
-    ("tokens", "steps", "quotas"),
-    [(10, 4, [2, 3, 2, 3]), (8, 4, [2] * 4), (3, 5, [1, 1, 1]), (5, 2, [2, 3])],
-)
-def test_dllm_rounds_what_is_left_half_to_even(tokens, steps, quotas):
-    """10 in 4 steps: 10 / 4 = 2.5 -> 2, 8 / 3 -> 3, 5 / 2 = 2.5 -> 2, 3. LLaDA has 3, 3, 2, 2."""
-    assert rounded_schedule(tokens, steps) == quotas
-
-
-def test_dllm_gives_each_block_the_share_of_steps_rounded_up():
-    """Where steps do not divide, dLLM takes more than it was given, LLaDA does not; the short last
-    block needs a pass for each token at most."""
-    assert dllm_blocks(9, 3, 4) == [(0, 4, [4]), (4, 8, [4]), (8, 9, [1])]
-    assert dllm_blocks(9, 4, 4) == [(0, 4, [2, 2]), (4, 8, [2, 2]), (8, 9, [1])]
-    assert [len(block.quotas) for block in plan_blocks(9, 4, 4)] == [2, 1, 1]
-
-
-@pytest.fixture
-def model() -> Transformer:
-    """A LLaDA2 that is sure of itself: with random weights every probability would be small."""
-    model = toy_model("llada2")
-    with torch.no_grad():
-        model.output.weight.mul_(3.0)
-    return model
 
 
 def prompts_of(rows: int, length: int) -> Tensor:
     return torch.randint(0, MASK, (rows, length), generator=torch.Generator().manual_seed(3))
 
 
-def test_block_causal_mask_shows_each_block_itself_and_what_lies_before():
-    """Written out for seven positions in blocks of three."""
-    expected = [[key // 3 <= query // 3 for key in range(7)] for query in range(7)]
-    assert block_causal_mask(7, 3, torch.device("cpu"))[0, 0].tolist() == expected
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("threshold", [1.0, 0.5])
-def test_the_block_sampler_equals_one_that_computes_everything(model, threshold):
-    """Every pass once more by hand, over the whole canvas with the whole mask: greedy tokens, the
-    most confident of the block up to the quota, and all above the threshold. Blocks lie on a grid
-    that starts with the prompt; the last one is filled to its end, past the answer's."""
-    prompts, canvases = prompts_of(2, 6), []
-    answer = generate_llada2(model, prompts, 9, 2, 4, threshold, watch=canvases.append)
-    canvas = torch.nn.functional.pad(prompts, (0, 10), value=MASK)
-    mask, places, seen = block_causal_mask(16, 4, torch.device("cpu")), torch.arange(16), []
-    for start, stop in ((6, 8), (8, 12), (12, 16)):
-        while (canvas[:, start:stop] == MASK).any():
-            logits = model(canvas, mask)
-            logits[..., MASK] = -torch.inf
-            confidence, tokens = logits.float().softmax(-1).max(-1)
-            opened = (canvas == MASK) & (places >= start) & (places < stop)
-            chosen = select(confidence.masked_fill(~opened, -1.0), 2, threshold)
-            canvas = torch.where(chosen, tokens, canvas)
-            seen.append(canvas[:, :stop])
-    assert len(seen) == len(canvases)
-    assert all(torch.equal(one, other) for one, other in zip(seen, canvases))
-    assert torch.equal(canvas[:, 6:15], answer)
-
-
-def test_block_answers_depend_neither_on_what_follows_nor_on_other_rows(model):
+def test_block_answers_depend_neither_on_what_follows_nor_on_other_rows():
     """A longer answer begins with the shorter one. Rows finish their blocks at different passes
     where a threshold is set; each must still get its own answer."""
+    model = toy_model("llada2")
+    model.output.weight.data.mul_(3.0)  # with random weights every probability would be small
     prompts, options = prompts_of(4, 6), {"block_length": 4, "threshold": 0.4}
     together = generate_llada2(model, prompts, 18, **options)
     assert torch.equal(generate_llada2(model, prompts, 6, **options), together[:, :6])
     alone = [generate_llada2(model, row[None], 18, **options) for row in prompts]
     assert torch.equal(together, torch.cat(alone))
-
-
-# ---- the command line ------------------------------------------------------------------------
 
 
 @functools.cache
@@ -109,42 +66,18 @@ def adapter_for(kind: str) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory) -> Path:
-    """The folder of a short fine-tuning. Nobody writes into it."""
-    out, toys = tmp_path_factory.mktemp("tuned") / "run", checkpoints()
-    flags = "--steps 2 --lora-rank 4 --memory-rank 7 --memory-lr 0.3 --device cpu".split()
-    memdlm.main(["--backbone", toys["llada-moe"], "--data", toys["data"], *flags, "--out", out])
-    return out
-
-
 def ask(flags: str = "", kind: str = "llada-moe") -> tuple[list[str], list[Tensor]]:
-    """Asks a toy by the real command, in this process. Returns the printed lines and the logits of
-    every pass."""
+    """Asks a toy by the real command: the printed lines, and the logits of every pass."""
     logits, printed, guided = [], io.StringIO(), sample.guided_logits
 
     def kept(*arguments) -> Tensor:
         logits.append(guided(*arguments))
         return logits[-1]
 
-    named = [
-        "--backbone",
-        checkpoints()[kind],
-        "--prompt",
-        PROMPT,
-        "--length",
-        6,
-        "--device",
-        "cpu",
-    ]
+    named = ["--backbone", checkpoints()[kind], "--prompt", PROMPT, "--length", 6]
     with mock.patch.object(sample, "guided_logits", kept), redirect_stdout(printed):
-        sample.main([*named, *flags.split()])
+        start("sample", [*named, "--device", "cpu", *flags.split()])
     return printed.getvalue().rstrip("\n").split("\n"), logits
-
-
-def left(lines: list[str]) -> list[int]:
-    """How many places were still masked, line by line."""
-    return [line.count("_") for line in lines]
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -160,19 +93,17 @@ def test_adapter_and_memory_each_change_the_logits(kind):
 
 
 def test_steps_blocks_thresholds_and_schedules_share_the_tokens():
-    """Ten tokens in four steps: LLaDA commits 3 3 2 2, dLLM 2 3 2 3. Each step is printed, unless
-    the answer alone is wanted."""
+    """Ten tokens in four steps: LLaDA commits 3 3 2 2, dLLM 2 3 2 3. Each step is printed."""
     ten = "--length 10 --steps 4"
-    assert left(ask(ten)[0]) == left(ask(f"{ten} --schedule llada")[0]) == [7, 4, 2, 0, 0]
-    assert left(ask(f"{ten} --schedule dllm")[0]) == [8, 5, 3, 0, 0]
+    for schedule, left in (("", [7, 4, 2, 0, 0]), ("--schedule dllm", [8, 5, 3, 0, 0])):
+        assert [line.count("_") for line in ask(f"{ten} {schedule}")[0]] == left
     assert [len(rows) for rows in ask("--block-length 3 --steps 2")[1]] == [3, 3]
     assert len(ask("--threshold 0")[1]) == 1
     assert ask("--quiet --memory")[0] == ask("--memory")[0][-1:]
 
 
 def test_llada2_decodes_blocks_on_its_own_grid():
-    """Without other flags in blocks of 32 counted from the prompt's start, of which the prompt
-    leaves 8 places, with everything above 0.95 at once."""
+    """By default blocks of 32 from the prompt's start (8 places are left), and all above 0.95."""
     usual, published = ask(kind="llada2")[1], "--steps 32 --block-length 32 --threshold 0.95"
     assert len(usual[0]) == 8
     assert len(ask("--threshold 0", "llada2")[1]) == 1 < len(usual) <= 8
@@ -195,33 +126,24 @@ def test_temperature_and_seed_draw_other_tokens_and_other_memories():
     assert not torch.equal(ask("--memory --seed 0")[1][0], ask("--memory --seed 1")[1][0])
 
 
-# ---- the settings that an adapter was trained with -------------------------------------------
-
-
-def test_a_prompt_is_written_with_the_memory_of_the_training(tuned, tmp_path, monkeypatch):
-    """They are in the adapter's folder, and go where it goes; an adapter without them, as PEFT
-    writes one, gets the paper's."""
-    moved = shutil.copytree(tuned / "adapter", tmp_path / "moved")
+def test_a_prompt_is_written_with_the_memory_of_the_training(tmp_path, monkeypatch, capsys):
+    """Its settings go where the adapter goes; one without them, as of PEFT, gets the paper's. In a
+    run's folder there may be no adapter but its own."""
+    run = tune(tmp_path / "run", "--memory-rank", 7, "--memory-lr", 0.3)
+    moved = shutil.copytree(run / "adapter", tmp_path / "moved")
     monkeypatch.chdir(moved)
-    for folder in (tuned / "adapter", moved, "."):
+    for folder in (run / "adapter", moved, "."):
         lines, _ = ask(f"--adapter {folder} --memory")
-        assert "Memory(rank=7, alpha=64.0, lr=0.3," in lines[1]
+        assert "rank 7, alpha 64.0, lr 0.3," in lines[1]
     (moved / "training.json").unlink()
-    assert "Memory(rank=32, alpha=64.0, lr=0.1," in ask("--adapter . --memory")[0][1]
-
-
-def test_an_adapter_of_another_training_is_refused(tuned, tmp_path, monkeypatch, capsys):
-    """config.json and results.json would describe another adapter."""
-    run = shutil.copytree(tuned, tmp_path / "run")
+    assert "rank 32, alpha 64.0, lr 0.1," in ask("--adapter . --memory")[0][1]
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"method": "mdlm"}))
     monkeypatch.chdir(run / "adapter")
     for folder in (run / "adapter", "."):
         flags = ["--backbone", checkpoints()["llada-moe"], "--adapter", folder, "--prompt", PROMPT]
-        assert "method memdlm" in refusal(sample.main, flags, capsys)
+        assert "method memdlm" in refusal("sample", flags, capsys)
 
-
-# ---- bad input -------------------------------------------------------------------------------
 
 REFUSED = [
     ("--adapter {}/absent", "adapter_config.json is missing"),
@@ -251,4 +173,171 @@ def broken(tmp_path_factory) -> Path:
 def test_what_cannot_be_answered_is_one_line(broken, capsys, flags, named):
     base = ["--backbone", checkpoints()["llada-moe"], "--prompt", PROMPT, "--device", "cpu"]
     arguments = [*base, *flags.replace("{}", str(broken)).split()]
-    assert named in refusal(sample.main, arguments, capsys)
+    assert named in refusal("sample", arguments, capsys)
+
+
+FULL = ["tiny", "llada", "llada-moe", "llada-moe, rich"]  # those with full attention
+
+
+def model_of(kind: str) -> Transformer:
+    """A random model in float64, with an outer LoRA if it is a backbone."""
+    if kind == "tiny":
+        config = Config(vocab_size=MASK + 1, mask_id=MASK, hidden=32, heads=2, kv_heads=2, ffn=32)
+        model = init_weights(Transformer(config).double(), torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            for layer in model.layers:
+                layer.canon.taps.normal_(generator=torch.Generator().manual_seed(1))
+        return model.eval()
+    return add_random_lora(toy_model(kind)).eval()
+
+
+class Spy:
+    """A predict= that keeps what it was asked and what it said."""
+
+    def __init__(self, predict):
+        self.predict, self.calls = predict, []
+
+    def __call__(self, *arguments) -> Tensor:
+        self.calls.append((arguments[1], arguments[-1], self.predict(*arguments)))
+        return self.calls[-1][-1]
+
+
+@torch.no_grad()
+def stale_logits(model, before: Tensor, canvas: Tensor, window: slice, fast) -> Tensor:
+    """What a pass over `canvas` says if every position outside of the window has the keys and
+    values that it had in a pass over `before`: computed in full, (B, T, V)."""
+    kept, attend = [], Attention.attend
+
+    def keeping(self, q, k, v, *rest):
+        kept.append((k, v))
+        return attend(self, q, k, v, *rest)
+
+    def mixing(self, q, k, v, *rest):
+        k_old, v_old = (part.clone() for part in kept.pop(0))
+        k_old[..., window, :], v_old[..., window, :] = k[..., window, :], v[..., window, :]
+        return attend(self, q, k_old, v_old, *rest)
+
+    with mock.patch.object(Attention, "attend", keeping):
+        model(before, None, fast)
+    with mock.patch.object(Attention, "attend", mixing):
+        return model(canvas, None, fast)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", FULL[1:])
+def test_a_pass_reads_the_kept_keys_and_values_outside_its_window(kind, variant, memory):
+    """Every pass of two blocks, once more in full, in float64."""
+    model, prompts = model_of(kind), prompts_of(2, 7)
+    fast = random_fast(model, Memory(rank=3), sets=2) if memory else None
+    spy = Spy(CachedLogits(variant))
+    generate(model, prompts, plan_blocks(6, block_length=3), fast=fast, predict=spy)
+    assert len(spy.calls) == 6
+    for number, (canvas, at, logits) in enumerate(spy.calls):
+        block, place = divmod(number, 3)
+        if place == 0:
+            before, full = canvas, guided_logits(model, canvas, None, fast, 0.0, None, at)
+        else:
+            stop = 13 if variant == "prefix" else 10 + 3 * block
+            window = slice(7 + 3 * block, stop)
+            full = stale_logits(model, before, canvas, window, fast)[at].float()
+        torch.testing.assert_close(logits, full, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", FULL)
+def test_the_first_pass_of_a_block_is_exact_and_no_pass_sees_padding(kind, variant):
+    """So blocks of one token, and answers in one pass a block, are those of the exact sampler; and
+    rows with padding in front answer as without it."""
+    model, prompts, decode = model_of(kind), prompts_of(2, 7), cached(generate, variant)
+    for blocks in (plan_blocks(5, block_length=1), plan_blocks(6, steps=2, block_length=3)):
+        exact = generate(model, prompts, blocks)
+        assert torch.equal(decode(model, prompts, blocks=blocks), exact)
+    padded, blocks = torch.nn.functional.pad(prompts, (3, 0), value=0), plan_blocks(6, None, 3)
+    seen = (torch.arange(16) >= 3).long().expand(2, -1)
+    ours = decode(model, padded, blocks=blocks, attention_mask=seen)
+    assert torch.equal(ours, decode(model, prompts, blocks=blocks))
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_for_a_block_causal_model_every_pass_is_exact(memory):
+    """LLaDA2's finished blocks see nothing of what follows. They are computed once, and once more
+    with the last token that was committed in them."""
+    model, prompts = model_of("llada2"), prompts_of(2, 6)
+    fast = random_fast(model, Memory(rank=3), sets=2) if memory else None
+    calls = []
+    for predict in (guided_logits, CachedLogits(grid=4)):
+        spy = Spy(predict)
+        answer = generate_llada2(model, prompts, 14, 2, 4, fast=fast, predict=spy)
+        calls.append([*spy.calls, (answer, answer, torch.zeros(1))])
+    for (canvas, _, exact), (ours, _, logits) in zip(*calls, strict=True):
+        assert torch.equal(canvas, ours)
+        torch.testing.assert_close(logits, exact, rtol=0, atol=1e-6)
+
+
+def test_a_pass_costs_its_window():
+    """Positions that a layer computes, pass by pass: 20 of prompt, blocks of 3 in an answer of 6.
+    LLaDA2's grid of 4: everything once, then a block, then two blocks when the next one begins."""
+
+    def costs(kind: str, decode, **plan) -> list[int]:
+        model, seen = model_of(kind), []
+        norm = model.layers[0].attention_norm
+        norm.register_forward_hook(lambda module, x, y: seen.append(y.shape[1]))
+        decode(model, prompts_of(1, 20), **plan)
+        return seen
+
+    blocks = plan_blocks(6, block_length=3)
+    assert costs("llada", cached(generate, "dual"), blocks=blocks) == [26, 3, 3, 26, 3, 3]
+    assert costs("llada", cached(generate, "prefix"), blocks=blocks) == [26, 6, 6, 26, 3, 3]
+    grid = cached(generate_llada2, "dual", 4)
+    assert costs("llada2", grid, length=8, steps=2, block_length=4) == [24, 4, 8, 4]
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_the_command_takes_a_cache_with_adapter_and_memory(kind):
+    """And without the flag, nothing of it is ever touched."""
+    flags = "--length 12 --block-length 4 --threshold 1 --memory"
+    with mock.patch.object(CachedLogits, "__call__", side_effect=AssertionError):
+        exact, _ = ask(flags, kind)
+    for variant in ("", *VARIANTS):
+        lines, full = ask(f"{flags} --cache {variant}", kind)
+        assert len(lines) == len(exact)
+        assert full == []
+        if kind == "llada2":
+            assert lines == exact
+
+
+def test_the_command_edits_below_its_threshold():
+    """At 1 nothing is replaced; at 0 every token that is not the most probable one any more is.
+    The cache changes nothing of it: blocks before the one in work are never edited."""
+    flags = "--length 12 --block-length 4 --threshold 1 --edit-threshold"
+    never, often = (ask(f"{flags} {threshold}", "llada2")[0] for threshold in (1, 0))
+    assert never[-1] != often[-1]
+    assert len(often) > len(never)
+    assert ask(f"{flags} 0 --cache", "llada2")[0] == often
+
+
+def test_an_evaluation_with_a_cache_is_another_one(tmp_path, capsys):
+    """Its answers differ, and are not taken for those of the exact sampler."""
+    flags = "--tasks niah_single_1 --lengths 330 --samples 1 --steps 4"
+    exact, out = evaluate(tmp_path / "exact", flags), evaluate(tmp_path / "out", f"{flags} --cache")
+    assert predictions(exact, "base") != predictions(out, "base")
+    named = refusal("eval_niah", command(tmp_path / "out", flags), capsys)
+    assert "with cache 'dual', not None" in named
+
+
+CACHE_REFUSED = [
+    ("--cache triple", "invalid choice: 'triple'"),
+    ("--cache --cfg-scale 1", "--cache is not for --cfg-scale"),
+    ("--edit-threshold 0.9", "--edit-threshold is for LLaDA2.1 alone"),
+    ("--backbone {} --edit-threshold 0.9 --steps 2", "--steps is not for --edit-threshold"),
+    ("--backbone {} --edit-threshold 0.9 --temperature 1", "--edit-threshold is greedy"),
+    ("--backbone {} --edit-threshold 2", "--edit-threshold"),
+]
+
+
+@pytest.mark.parametrize(("flags", "named"), CACHE_REFUSED)
+def test_what_does_not_go_together_is_one_line(flags, named, capsys):
+    base = ["--backbone", checkpoints()["llada-moe"], "--prompt", "Who?", "--device", "cpu"]
+    arguments = [*base, *flags.replace("{}", str(checkpoints()["llada2"])).split()]
+    assert named in refusal("sample", arguments, capsys)

@@ -10,15 +10,15 @@ from pathlib import Path
 import jinja2
 import pytest
 import tokenizers
+from backbones import TOKENIZER
 from tokenizers import pre_tokenizers
 
 from full_scale.tokenizer import Tokenizer, load_tokenizer
 from model import UserError
 
-CHECKPOINT = Path(__file__).parents[1] / "golden" / "checkpoint"
-TOY = load_tokenizer(CHECKPOINT)
-SPEC = json.loads((CHECKPOINT / "tokenizer.json").read_text())
-CONFIG = json.loads((CHECKPOINT / "tokenizer_config.json").read_text())
+TOY = load_tokenizer(TOKENIZER)
+SPEC = json.loads((TOKENIZER / "tokenizer.json").read_text())
+CONFIG = json.loads((TOKENIZER / "tokenizer_config.json").read_text())
 LING_REGEX = SPEC["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 GPT2 = BYTES | {"use_regex": True}
@@ -89,12 +89,9 @@ def spec_with_merges(merges: list[str], ignore_merges: bool = False) -> dict:
     return {**SPEC, "model": model, "pre_tokenizer": BYTES}
 
 
-# ---- text to ids and back ------------------------------------------------------------------------
-
-
 def test_recorded_ids_are_reproduced(tmp_path):
     """Also with post-processors that add no tokens: they change offsets, not ids."""
-    records = json.loads((CHECKPOINT / "token_ids.json").read_text())
+    records = json.loads((TOKENIZER / "token_ids.json").read_text())
     for processor in (None, GPT2, NO_BOS, {"type": "Sequence", "processors": [NO_BOS]}):
         tokenizer = loaded(tmp_path, SPEC | {"post_processor": processor})
         assert [tokenizer.encode(r["text"]) for r in records] == [r["ids"] for r in records]
@@ -116,15 +113,6 @@ def test_ids_equal_the_tokenizers_library(tmp_path, name, form):
         assert form or ours.decode(ours.encode(text)) == text
 
 
-def test_every_character_is_cut_as_in_the_tokenizers_library(tmp_path):
-    """Both regex dialects agree on letters, digits and blanks: all of Unicode between letters."""
-    spec = spec_with_merges(["a b", "a c", "a d"]) | {"pre_tokenizer": split(LING_REGEX)}
-    ours, library = loaded(tmp_path, spec), library_of(spec)
-    for at in range(0, 0x30000, 4096):
-        text = "".join(f"a{chr(code)}b 'S{chr(code)}  " for code in UNICODE[at : at + 4096])
-        assert ours.encode(text) == library(text)
-
-
 def test_any_list_of_merges_is_exact(tmp_path):
     """Any two tokens, several rules for one, in any order: some of them are never made."""
     rng = random.Random(0)
@@ -142,17 +130,9 @@ def test_any_list_of_merges_is_exact(tmp_path):
         for length in range(1, 40):
             text = "".join(rng.choices("abc", k=length))
             assert ours.encode(text) == library(text), (merges, text)
-
-
-def test_ignore_merges_is_refused_where_it_matters(tmp_path):
-    """It takes a whole piece that is a token, which matters for tokens no merges lead to."""
     spec = spec_with_merges(["a b", "ab c"], ignore_merges=True)
-    ours, library = loaded(tmp_path, spec), library_of(spec)
     for text in ("abc", "abcab", "bca", "ab", "aab"):
-        assert ours.encode(text) == library(text)
-    never_made = spec_with_merges(["b c", "a b", "ab c"], ignore_merges=True)  # abc is a + bc
-    with pytest.raises(UserError, match=r"ignore_merges with .* is not supported"):
-        loaded(tmp_path, never_made)
+        assert loaded(tmp_path, spec).encode(text) == library_of(spec)(text)
 
 
 def test_ordinary_added_tokens_are_found_in_text(tmp_path):
@@ -226,11 +206,11 @@ def test_what_either_file_uses_as_markup_is_special(tmp_path, config, normalized
         assert tokenizer.encode_prompt("<new>") == (typed if plain else [526, *typed])
 
 
-# ---- what is refused -----------------------------------------------------------------------------
-
 MODEL, TOKENS = SPEC["model"], SPEC["added_tokens"]
 # What the message must say, and what is put into tokenizer.json or into the other file ("config").
+NEVER_MADE = spec_with_merges(["b c", "a b", "ab c"], ignore_merges=True)  # abc is a + bc
 REFUSED = [
+    ("ignore_merges with .* is not supported", NEVER_MADE),
     ("dropout", {"model": MODEL | {"dropout": 0.1}}),
     ("vocabulary lacks '!'", {"model": MODEL | {"vocab": {}}}),
     ("vocabulary lacks 'nowhere'", {"model": MODEL | {"merges": ["nowhere a"]}}),
@@ -263,8 +243,6 @@ def test_what_cannot_be_exact_is_refused_by_name(tmp_path, reason, changes):
     assert str(tmp_path) in message
     assert "\n" not in message
 
-
-# ---- the chat template ---------------------------------------------------------------------------
 
 CONTENT = "{{ messages[0]['content'] }}"
 TRIMMED = "{{ messages[0].content | trim }}"
@@ -314,19 +292,13 @@ def test_markup_in_the_users_text_stays_text(tmp_path, text):
         assert [i for i in ids if i in special] == [i for i in empty if i in special]
 
 
-HALVES = [
-    (CONTENT + "k|> is it", "say <|mas"),
-    ("<|" + CONTENT + " ", "mask|> it is"),
-    (TRIMMED + ">", "<role \n"),
-    ("{{ messages[0].content | lower }}", "<|MASK|>"),
-]
-
-
-@pytest.mark.parametrize(("template", "text"), HALVES)
-def test_the_templates_words_do_not_complete_the_users_markup(tmp_path, template, text):
+def test_the_templates_words_do_not_complete_the_users_markup(tmp_path):
     """Half of a special string typed, the other half made by the template: all is text."""
-    ids = loaded(tmp_path, chat_template=template).encode_prompt(text)
-    assert ids == TOY.encode(rendered(template, text))
+    halves = {CONTENT + "k|> is it": "say <|mas", "<|" + CONTENT + " ": "mask|> it is"}
+    halves |= {TRIMMED + ">": "<role \n", "{{ messages[0].content | lower }}": "<|MASK|>"}
+    for template, text in halves.items():
+        ids = loaded(tmp_path, chat_template=template).encode_prompt(text)
+        assert ids == TOY.encode(rendered(template, text))
 
 
 def test_where_the_template_comes_from(tmp_path):

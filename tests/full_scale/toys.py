@@ -1,6 +1,5 @@
 """
-toys.py: `eval_niah.py --backbone` on a random backbone that is small enough for a test. The scores
-mean nothing; that they are the same again, or differ where a flag says so, does.
+toys.py: `eval_niah.py --backbone` on a random backbone that is small enough for a test.
 """
 
 import functools
@@ -12,11 +11,11 @@ import torch
 from backbones import add_random_lora, toy_model
 from commands import checkpoints, contents, jsonl
 
-import eval_niah
-from eval_niah import matching
 from full_scale import report
 from full_scale.adapters import save_adapter
 from full_scale.backbone import note_training
+from lab.report import matching
+from lab.tools import start
 
 ESSAY = 4 * "A fox went out at night. Dr. Who saw it! Long was the road, and he sang to the moon. "
 METHODS = ["base", "mdlm", "memdlm_train", "memdlm_train_inference"]
@@ -45,12 +44,11 @@ def command(out: Path, flags: str) -> list[str]:
 
 
 def ask(out: Path, flags: str, draw: bool = False) -> Path:
-    """Evaluates by the real command, in this process. Pictures would take longer than all else in
-    one so small; they are drawn where a test asks for them."""
+    """Evaluates by the real command, in this process, without pictures unless a test asks."""
     with pytest.MonkeyPatch.context() as patch:
         if not draw:
             patch.setattr(report, "draw_pictures", lambda results, out: None)
-        eval_niah.main(command(out, flags))
+        start("eval_niah", command(out, flags))
     return out
 
 
