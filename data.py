@@ -297,9 +297,9 @@ def collate(examples: list[Example], device: str = "cpu", eos: int = EOS) -> Bat
 
 
 def pretraining_batch(
-    seed: int, step: int, rows: int, length: int, questions: int, whole: float, device="cpu"
+    seed: int, step: int, rows: int, length: int, questions: int, open_all: float, device="cpu"
 ) -> Batch:
-    """A fresh batch of all four tasks. With probability `whole` every token is maskable: a real
+    """A fresh batch of all four tasks. With probability `open_all` every token is maskable: a real
     denoiser has learnt to predict any text, and what is written from a prompt depends on it."""
     rng = np.random.default_rng([seed, step])
     per_task = rows // len(TASKS)
@@ -311,6 +311,6 @@ def pretraining_batch(
         x0.append(np.pad(ids, ((0, 0), (0, right)), constant_values=EOS))
         maskable.append(np.tile(np.pad(is_answer, (0, right)), (per_task, 1)))
     x0, maskable = np.concatenate(x0), np.concatenate(maskable)
-    if rng.random() < whole:
+    if rng.random() < open_all:
         maskable = np.ones_like(maskable)
     return Batch(torch.from_numpy(x0).to(device), torch.from_numpy(maskable).to(device), None)

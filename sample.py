@@ -180,9 +180,14 @@ def paper_rule(model, prompts: Tensor, write: Write, generators: list) -> tuple[
         chance = torch.rand(everywhere.shape, generator=generator).to(prompts.device)
         anchor = Anchor(ratio, chance < write.anchor_ratio)
         by_row.append(memdlm.make_stages(anchor, everywhere, write.memory, generator))
-    stages = [zip(*rows) for rows in zip(*by_row)]  # each stage's fields, one tensor a row
-    joined = [[None if f[0] is None else torch.cat(f) for f in fields] for fields in stages]
-    return prompts, [Stage(*fields) for fields in joined]
+    return prompts, [join_rows(stages) for stages in zip(*by_row)]
+
+
+def join_rows(stages: tuple[Stage, ...]) -> Stage:
+    """One stage of several rows, from a stage of each."""
+    masked, scored, weight, following = list(zip(*stages))[:4]
+    joined = [torch.cat(parts) for parts in (masked, scored, weight)]
+    return Stage(*joined, None if following[0] is None else torch.cat(following))
 
 
 @torch.no_grad()

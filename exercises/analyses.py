@@ -39,6 +39,9 @@ from lab.tools import Parser, guarded, read_json, whole, write_json, write_text
 from model import UserError
 
 FIGURES = read_json(Path(__file__).with_name("figures.json"))
+FIGURE_HELP = "; ".join(f"{name}, {one['title']}" for name, one in FIGURES.items()).replace(
+    "%", "%%"
+)
 VARIANTS = {name: one for figure in FIGURES.values() for name, one in figure["variants"].items()}
 TIMES = (1, 4)  # lengths that are scored, in lengths of the base
 
@@ -265,7 +268,7 @@ def run(arguments: list[str]) -> None:
     """Measures what is missing, then draws."""
     parser = Parser("Draws the paper's analyses of the memory, trained on the bases of a run.")
     flag = parser.add_argument
-    flag("names", nargs="+", choices=[*FIGURES, "all"], help="which figures")
+    flag("names", nargs="+", choices=[*FIGURES, "all"], help=FIGURE_HELP)
     flag("--run", type=Path, default=Path("runs/tiny"), help="folder of a finished --tiny run")
     flag("--out", type=Path, default=Path("runs/analyses"), help="folder for what is written")
     flag("--draws", type=whole(1), help="the first so many draws of each seed; without it, all")

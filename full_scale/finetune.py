@@ -36,14 +36,14 @@ from full_scale import backbone
 from full_scale.adapters import save_adapter
 from full_scale.checkpoints import add_outer_lora
 from full_scale.configs import BACKBONES
-from full_scale.pairs import PADS, collate, length_grouped, read_data, split_pairs
+from full_scale.pairs import PADS, collate, find_data, length_grouped, read_data, split_pairs
 from full_scale.processes import processes, spread, together
 from lab import tools
 from lab.tools import Parser, real, whole
 from lab.training import LOSSES, METHODS, Phase, measure_losses, train
 from lab.variants import loop_flags, memory_of
 from memdlm import generator_for, keyed_loss
-from model import Transformer
+from model import Transformer, UserError
 
 # ---- the loss, in one of several processes ----------------------------------------------------
 
@@ -150,6 +150,8 @@ def make_phase(args, model: Transformer, train_set: list, held_out: list, collat
 def fine_tune(args: argparse.Namespace, device: str) -> None:
     """Everything from the data to results.json. Faults of the data show before weights are read."""
     out, (rank, world) = Path(args.out), processes()
+    if not find_data(args.data).exists():  # said before a backbone is looked for
+        raise UserError(f"cannot read --data {args.data}: there is no such file.")
     tokenizer = backbone.backbone_tokenizer(args, args.plain)
     pairs, dropped = read_data(args.data, tokenizer, args.max_length)
     train_set, held_out = split_pairs(pairs)

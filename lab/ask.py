@@ -58,13 +58,13 @@ def build_parser() -> Parser:
     parser = Parser("Answers a prompt with a model of a run. --backbone NAME --help lists others.")
     flag = parser.add_argument
     flag("--run", required=True, help="folder of a --tiny run, such as runs/tiny")
-    names = ("base", "mdlm", "memdlm")
-    flag("--model", choices=names, default="memdlm", help="which of its models")
+    flag("--model", default="memdlm", help="which of its models: base, mdlm, memdlm, mdlm-8e-05")
     flag("--seed", type=whole(0), help="which of its seeds; without it, the first")
     flag("--draw", type=whole(0), default=0, help="which of its fine-tuning sets")
     answer_flags(flag)
     decoding_flags(flag)
     write_flags(flag)
+    parser.set_defaults(length=11)  # of the tiny tasks: two sentences about a key, and EOS
     return parser
 
 

@@ -166,7 +166,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file and its metadata. Nothing is unpickled."""
     if not path.exists():
-        raise UserError(f"there is no file {path}.")
+        raise UserError(f"there is no file {path}: it is not trained, or not yet.")
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -207,7 +207,7 @@ def load_model(path: Path, device: str = "cpu") -> tuple[Transformer, dict]:
     """The model of a finished `--tiny` checkpoint, in eval mode, and the checkpoint's meta."""
     tensors, meta = load_checkpoint(path)
     if not meta.get("done"):
-        raise UserError(f"{path} is not finished: its training was stopped. Add --resume to go on.")
+        raise UserError(f"{path} is not finished: memdlm.py --resume goes on with it.")
     model = Transformer(Config(**meta["config"]))
     load_weights(model, tensors, path)
     return model.to(device).eval(), meta

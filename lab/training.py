@@ -177,8 +177,7 @@ def measure_losses(model, train_set, held_out, memory: Memory, seed: int, repeat
 
 
 # ---- what --tiny trains --------------------------------------------------------------------------
-# What says how many models a run has. It decides nothing about any one of them, so a checkpoint's
-# identity leaves it out.
+# How many models a run has. It decides nothing about any one: its identity leaves it out.
 SEVERAL = ("seeds", "draws", "control_lr")
 
 
@@ -275,8 +274,7 @@ def run_tiny(args: argparse.Namespace) -> None:
 
 
 def checkpoint_path(out: Path, seed: int, draw: int, name: str) -> Path:
-    """Where a model of a --tiny run lies. name: "base", which all draws of a seed share, or one of
-    `arms`."""
+    """Where a model of a --tiny run lies: "base", which all draws share, or one of `arms`."""
     folder = out / f"seed{seed}"
     return (folder if name == "base" else folder / f"draw{draw}") / f"{name}.safetensors"
 
@@ -285,6 +283,8 @@ def open_run(out: Path, seed: int, draw: int, name: str, device: str) -> tuple[T
     """A model of a --tiny run, in eval mode, and its meta. Refuses one trained otherwise than the
     folder's settings say."""
     config, wanted = tools.read_config(out), {"seed": seed}
+    if name not in ("base", *arms(config)):
+        raise UserError(f"--model {name}: {out} has base, {', '.join(arms(config))}.")
     if name != "base":
         wanted |= {"draw": draw, "lr": arms(config)[name][1]}
     path = checkpoint_path(out, seed, draw, name)

@@ -168,7 +168,7 @@ def test_pretraining_masks_answers_alone_unless_whole(questions):
     """whole = 0: what stands between an " Answer:" and its EOS may be masked, with this EOS, and no
     padding. whole = 1: every token, as a real base has learnt to predict any text. A batch depends
     on seed and step alone: a resumed run needs no generator's state."""
-    batch = data.pretraining_batch(0, 1, 16, 128, questions, whole=0.0)
+    batch = data.pretraining_batch(0, 1, 16, 128, questions, open_all=0.0)
     assert batch.x0.shape[0] == 16
     assert batch.x0.shape[1] <= 128
     assert batch.attention_mask is None
@@ -181,9 +181,9 @@ def test_pretraining_masks_answers_alone_unless_whole(questions):
             assert maskable[i] == inside, f"token {i} of {TINY.decode(row)}"
             inside = inside and token != EOS
         assert 1 <= found <= questions
-    assert data.pretraining_batch(0, 1, 8, 96, questions, whole=1.0).maskable.all()
+    assert data.pretraining_batch(0, 1, 8, 96, questions, open_all=1.0).maskable.all()
     for seed, step, same in ((0, 1, True), (0, 2, False), (1, 1, False)):
-        again = data.pretraining_batch(seed, step, 16, 128, questions, whole=0.0)
+        again = data.pretraining_batch(seed, step, 16, 128, questions, open_all=0.0)
         assert torch.equal(again.x0, batch.x0) == same
 
 

@@ -131,7 +131,7 @@ def test_sample_is_reproducible_and_its_flags_matter(capsys):
     hot = ["--length", 12, "--temperature", 3]
     usual = say(capsys, finished(), *hot)
     assert say(capsys, finished(), *hot) == usual != say(capsys, finished(), "--length", 12)
-    for flag in ("--seed 1", "--cfg-scale 1e4", "--model base", "--draw 1"):
+    for flag in ("--seed 1", "--cfg-scale 1e4", "--model base", "--model mdlm-0.0001", "--draw 1"):
         assert say(capsys, finished(), *hot, *flag.split()) != usual, flag
     written = "--memory --write-lr 5 --write-rank 4 --write-passes 2".split()
     assert len(say(capsys, finished(), *hot, *written)) == len(usual)

@@ -106,6 +106,7 @@ def test_the_expected_loss_is_the_any_order_likelihood(model):
         k = int(masked.sum())
         for t, share in zip((nodes + 1) / 2, shares / 2):
             loss = memdlm.mdlm_loss(model, batch, Anchor(torch.tensor([t]), masked[None])).item()
+            assert math.isfinite(loss), f"{k} tokens are masked: the loss is {loss} (0 / 0?)"
             expected_loss += share * t**k * (1 - t) ** (3 - k) * loss
     for order in permutations(range(3)):
         masked = torch.ones(1, 3, dtype=torch.bool)
@@ -278,15 +279,21 @@ def test_a_stage_is_weighted_by_the_share_that_it_really_masks(model, batch, sta
     stage = with_prefixes(model, batch, stages, memory)[1]
     count, maskable = torch.tensor([3, 2, 5, 1]), torch.tensor([10, 9, 8, 7])
     weighted = slow.nll(model, {}, batch, stage.masked).sum(1) * (1 / (count / maskable + 1e-6))
-    for sets, expected in ((4, weighted / count), (1, weighted.sum()[None] / count.sum())):
-        fast = init_fast(model, memory, sets, seeded())
+    nlls = slow.nll(model, {}, batch, stage.masked).sum(1)
+    for sets in (4, 2, 1):
+
+        def by_set(sums: torch.Tensor, sets=sets) -> torch.Tensor:
+            return sums.view(sets, -1).sum(1) / count.view(sets, -1).sum(1)
+
+        expected, fast = by_set(weighted), init_fast(model, memory, sets, seeded())
         loss = memdlm.stage_loss(model, batch, stage, fast, memory)
-        nlls = slow.nll(model, {}, batch, stage.masked).sum(1)
+        aside = [part.view(-1, sets).sum(0) for part in (weighted, count)]
         mistakes = {
             "it is divided by the maskable tokens, as the outer loss": expected * 11 / 34,
             "each set is divided by the scored places of all sets": weighted / 11,
             "it is summed over the rows, though each set has a loss": weighted.sum() / 11,
-            "the weight is missing": nlls / count if sets == 4 else nlls.sum()[None] / 11,
+            "the weight is missing": by_set(nlls),
+            "the rows of a set lie side by side: view(N, -1), not view(-1, N)": aside[0] / aside[1],
         }
         assert_same(loss, expected, f"the loss of {sets} sets", mistakes)
     part = batch._replace(attention_mask=torch.arange(12) < torch.tensor([[12], [12], [12], [9]]))

@@ -286,7 +286,7 @@ def test_two_processes_take_the_steps_of_one_with_all_batches(tmp_path, flags):
 REFUSED = [
     ("--shard", "start it by torchrun"),
     ("--shard --load-4bit", "--shard is for whole weights"),
-    ("--data {}/absent.jsonl", "cannot read --data"),
+    ("--backbone llada-moe --data {}/absent.jsonl", "cannot read --data"),
     ("--max-length 3", "none of 20 pairs has at most 3 tokens"),
     ("--noise 0.1", "unrecognized arguments: --noise"),
     ("--steps 3 --epochs 2", "--epochs has no effect"),
