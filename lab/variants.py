@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import memdlm
+from data import Batch
 from lab.tools import Parser, real, whole
 from memdlm import Anchor, Memory, Stage, embed, precise, stage_of, two_stages
 from model import Fast, Transformer
@@ -86,9 +87,6 @@ def newly_revealed(states, *draw, **options) -> list[Stage]:
     return [s if new is None else s._replace(scored=new) for s, new in zip(stages, shown)]
 
 
-# ---- what is learnt from them (Fig. 6) -----------------------------------------------------------
-
-
 def distillation(model, batch, stage: Stage, h: Tensor, fast: Fast, kind: str) -> Tensor:
     """Fig. 6: the student, h (M, D), follows a teacher, (M,): the same model with the same fast
     weights, which reads the next state, or the clean tokens after the last."""
@@ -103,9 +101,6 @@ def distillation(model, batch, stage: Stage, h: Tensor, fast: Fast, kind: str) -
     pair = [model.head(x).log_softmax(-1, dtype=precise(x.dtype)) for x in (h, teacher)]  # (M, V)
     of, against = pair if kind == "kl" else reversed(pair)
     return F.kl_div(of, against, reduction="none", log_target=True).sum(-1)  # KL(against || of)
-
-
-# ---- what phi is (Fig. 7), and whose norm is clipped (Sec. 4.6) ----------------------------------
 
 
 class FullRank(Fast):
@@ -136,19 +131,23 @@ def global_norm(grads) -> list[Tensor]:
 # ---- from which rows and states a prompt is written ----------------------------------------------
 
 
-def surprise_rule(model, prompts, write, generators, window=96, share=0.3) -> tuple[Tensor, list]:
+def surprise_rule(model, prompts, write, generators, window=96, share=0.3, passes=8) -> tuple:
     """Ours, not the paper's: write what the model could not have guessed, in windows as long as the
     examples it was trained on. Each token is scored with a quarter of its window masked, and the
-    most surprising `share` of the prompt is written in two complementary halves."""
+    most surprising `share` of the prompt is written in two complementary halves, at most twice a
+    window: written more often, a short prompt spoils its answer (README, FAQ)."""
     windows = cut_windows(prompts, window)  # (B * n, W)
     surprise = token_surprise(model, windows).view(len(prompts), -1)  # (B, n * W)
     order = surprise.argsort(dim=1, descending=True, stable=True)
     chosen = order.argsort(dim=1, stable=True) < share * surprise.shape[1]
     coins = [torch.rand(surprise.shape[1], generator=generator) for generator in generators]
     half = (torch.stack(coins) < 0.5).to(prompts.device)
-    everywhere = torch.ones_like(windows, dtype=torch.bool)
-    masks = [(chosen & half).view_as(windows), (chosen & ~half).view_as(windows)]
-    return windows, [stage_of(mask, everywhere) for mask in masks]
+    batch = Batch(windows, torch.ones_like(windows, dtype=torch.bool), None)
+    stages = []
+    for mask in ((chosen & half).view_as(windows), (chosen & ~half).view_as(windows)):
+        h = memdlm.prefix(model, batch, mask, write.memory)
+        stages.append(stage_of(mask, batch.maskable)._replace(h=h))
+    return windows, stages * min(passes, 2 * len(windows) // len(prompts))
 
 
 def cut_windows(prompts: Tensor, window: int) -> Tensor:
@@ -174,8 +173,7 @@ def token_surprise(model: Transformer, rows: Tensor, folds: int = 4) -> Tensor:
 
 # ---- by name -------------------------------------------------------------------------------------
 
-STATES = (consistent, pre_anchor_only, anchor_only, inconsistent)
-STRATEGIES = {states.__name__: states for states in STATES}
+STRATEGIES = {f.__name__: f for f in (consistent, pre_anchor_only, anchor_only, inconsistent)}
 DISTILLED = ("kl", "reverse_kl", "hidden_mse", "hidden_cosine")
 # The settings that are names: their values, the paper's first, each with the fields of Memory that
 # it sets. (Strategy and targets set none: they and the steps make one function, in `memory_of`.)
@@ -224,10 +222,12 @@ def write_with(memory, rule: str, passes: int, anchor_ratio: float, window: int,
     """The `Write` of a rule's name. lr, rank: None for those of `memory`, whose alpha / rank stays.
     passes: through the stages."""
     rank, lr = rank or memory.rank, memory.lr if lr is None else lr
-    alpha, epochs = rank * memory.alpha / memory.rank, passes * memory.epochs
-    memory = replace(memory, rank=rank, alpha=alpha, lr=lr, epochs=epochs)
-    ours = partial(surprise_rule, window=window) if rule == "surprise" else None
-    return Write(memory, anchor_ratio, ours)
+    memory = replace(memory, rank=rank, alpha=rank * memory.alpha / memory.rank, lr=lr)
+    passes *= memory.epochs
+    if rule == "paper":
+        return Write(replace(memory, epochs=passes), anchor_ratio)
+    ours = partial(surprise_rule, window=window, passes=passes)
+    return Write(replace(memory, epochs=1), anchor_ratio, ours)
 
 
 def loop_flags(flag: Callable) -> None:
@@ -266,7 +266,7 @@ def write_flags(flag: Callable) -> None:
     flag("--write", choices=WRITE_RULES, default="surprise", help="rule [paper, Sec. 4.5]")
     flag("--write-lr", type=real(0), default=0.5, help="its step size [0.1, Sec. 4.5]")
     flag("--write-rank", type=whole(1), default=32, help="rank of its fast weights [32, Sec. 4.1]")
-    flag("--write-passes", type=whole(1), default=8, help="passes through its stages [1, Sec. 4.5]")
+    flag("--write-passes", type=whole(1), default=8, help="passes; ours: 2 a window at most [1]")
     flag("--anchor-ratio", type=real(0.01, 1), default=0.2, help="of rule paper [0.2, Sec. 4.5]")
 
 
