@@ -38,13 +38,9 @@ class Reader:
     """Follows facts. A place that was not told is an unknown, until it proves to be another's."""
 
     def __init__(self, facts: list[str]):
-        self.where, self.same, self.holder = (
-            {},
-            {},
-            {},
-        )  # same: unknown place -> the place that it is
+        self.where, self.holder, self.left, self.doubt = {}, {}, {}, {}
+        self.same = {}  # unknown place -> the place that it is
         self.ways, self.gifts, self.spots = {}, [], {}
-        self.left, self.doubt = {}, {}
         for fact in facts:
             (kind,) = [kind for kind, form in FACTS.items() if re.fullmatch(form, fact)]
             getattr(self, kind)(*re.fullmatch(FACTS[kind], fact).groups())
@@ -208,8 +204,7 @@ def test_facts_lie_anywhere():
         facts, _ = split_context(context)
         first += context.startswith(facts[0])
         last += context.endswith(facts[-1])
-    assert 10 < first < 100
-    assert 10 < last < 100
+    assert 10 < min(first, last) <= max(first, last) < 100
 
 
 def test_text_of_the_users_is_the_background():
@@ -282,7 +277,6 @@ LINE = r"^\S+_train.txt, line [12]: [^\n]*$"
 BAD = {
     "Mary moved to the bathroom.\n": LINE,
     "1 Mary moved to the bathroom.\n3 John went to the hallway.\n": LINE,
-    "2 Mary moved to the bathroom.\n": LINE,
     "1 Where is Mary? \tbathroom\t1\n": LINE,
     "1 Mary moved to the bathroom.\n2 Where is Mary? \t \t1\n": LINE,
     "1 Mary moved to the bathroom.\n2 Where is Mary? \tbathroom\n": LINE,

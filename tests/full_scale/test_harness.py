@@ -56,23 +56,12 @@ harness.run(sys.argv[1:])
 """
 
 
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory) -> Path:
-    """A folder with the two tasks. Nobody writes into it."""
-    folder = tmp_path_factory.mktemp("tasks")
-    (folder / "two.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
-    for name, text in TASKS.items():
-        (folder / f"{name}.yaml").write_text(f"task: {name}\n{COMMON.format(folder=folder)}{text}")
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def offline(tmp_path, monkeypatch):
-    """The harness keeps what it has read below HF_HOME."""
+    """The harness keeps what it has read below HF_HOME; to describe the machine takes long."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    # It takes ten seconds to read its 20,000 tasks, and some to describe the machine.
     own_alone = partialmethod(TaskManager.__init__, include_defaults=False)
     monkeypatch.setattr(TaskManager, "__init__", own_alone)
     monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
@@ -103,21 +92,17 @@ def model_with(**flags) -> MemDLM:
     return MemDLM(**{"backbone": checkpoints()["llada-moe"], "device": "cpu", **flags})
 
 
-def asked(kind: str, *arguments) -> list[Instance]:
-    return [Instance(kind, {}, arguments, 0)]
-
-
 def test_an_answer_is_that_of_the_sampler_up_to_the_first_stop(capsys):
     """A context that is too long is cut off at its beginning, and that is said."""
     lm = model_with(steps=4, memory=True)
     context, options = "Who is it?", {"max_gen_toks": 12, "until": []}
-    [whole] = lm.generate_until(asked("generate_until", context, options))
+    whole = lm.answer(context, options)
     prompt = torch.tensor([lm.tokenizer.encode(context)])
     fast = sample.write_prompt(lm.model, prompt, lm.write, 0, [harness.number_of(prompt)])
     ids = generate(lm.model, prompt, plan_blocks(12, 4), fast=fast)
     assert whole == lm.tokenizer.decode(ids[0].tolist())
     stops = [whole[3:5], whole[7:9]]
-    [cut] = lm.generate_until(asked("generate_until", context, {**options, "until": stops}))
+    cut = lm.answer(context, {**options, "until": stops})
     assert cut == whole[: min(whole.index(stop) for stop in stops)]
     assert model_with(steps=4).answer(context, options) != whole
     assert "cut off" not in capsys.readouterr().err
@@ -144,27 +129,17 @@ def test_a_likelihood_is_the_mean_of_ladas_estimate():
     assert value == pytest.approx(by_hand.mean().item(), rel=1e-5)
     assert not greedy
     assert lm.likelihood("Who?", "") == (0.0, True), "no token is surely said"
-
-
-def test_a_token_that_reaches_across_the_border_belongs_to_the_answer():
-    lm = model_with(mc_samples=2)
-    merged = 0
-    for context, continuation in (("i", "s"), (" t", "he"), ("Answe", "r:")):
-        first, whole = (lm.tokenizer.encode(text) for text in (context, context + continuation))
-        merged += whole[: len(first)] != first
-        assert lm.likelihood(context, continuation)[0] < 0
-    assert merged > 0, "these merge in no tokenizer: the test shows nothing"
+    assert lm.tokenizer.encode("is")[:1] != lm.tokenizer.encode("i"), "they do not merge"
+    assert lm.likelihood("i", "s")[0] < 0, "a token across the border belongs to the answer"
 
 
 def test_a_task_that_samples_gets_answers_that_differ():
-    """As many as it asks for, the same again in another run; greedy ones are all alike."""
+    """As many as it asks for, the same again in another run."""
     options = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 6, "until": []}
-    four = 4 * asked("generate_until", "Who is it?", options)
+    four = 4 * [Instance("generate_until", {}, ("Who is it?", options), 0)]
     answers = model_with().generate_until(four)
     assert len(set(answers)) == 4
     assert model_with().generate_until(four) == answers
-    greedy = model_with().generate_until(4 * asked("generate_until", "Who?", {"max_tokens": 3}))
-    assert len(set(greedy)) == 1
 
 
 @pytest.mark.parametrize("kind", ["llada-moe", "llada2"])
@@ -187,19 +162,7 @@ def test_what_our_sampler_says_is_greedy(kind):
 def test_each_flag_changes_the_estimate(flags):
     plain, other = model_with(mc_samples=4), model_with(**{"mc_samples": 4, **flags})
     question = "Who is it?", " Mary went home."
-    assert plain.likelihood(*question)[0] == model_with(mc_samples=4).likelihood(*question)[0]
     assert plain.likelihood(*question)[0] != other.likelihood(*question)[0]
-
-
-def test_choices_share_the_memory_of_their_context(monkeypatch):
-    written, write = [], harness.write_prompt
-    monkeypatch.setattr(harness, "write_prompt", lambda *a: written.append(1) or write(*a))
-    lm, choices = model_with(memory=True, mc_samples=1), [" Mary", " John", " here"]
-    said = [lm.likelihood("Who is it?", choice) for choice in choices]
-    assert len(written) == 1
-    assert lm.likelihood("Where?", " here") != said[2]
-    assert lm.likelihood("Who is it?", " here") == said[2]
-    assert len(written) == 3
 
 
 @pytest.mark.parametrize(("tokens", "samples"), [(4, 8), (5, 128), (7, 3), (1, 128)])
@@ -214,10 +177,14 @@ def test_masks_of_all_sizes_count_alike(tokens, samples):
     assert masks.double().mean(0).tolist() == pytest.approx([half] * tokens, abs=0.06)
 
 
-def test_order_batch_processes_and_stops_change_nothing(tasks, tmp_path, monkeypatch):
+def test_order_batch_processes_and_stops_change_nothing(tmp_path, monkeypatch):
     """One process; one named as the harness names models (--model memdlm --model_args ...); two,
     with other batches; and one that was stopped after two answers."""
-    one = tmp_path / "one"
+    tasks, one = tmp_path / "tasks", tmp_path / "one"
+    tasks.mkdir()
+    (tasks / "two.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    for name, text in TASKS.items():
+        (tasks / f"{name}.yaml").write_text(f"task: {name}\n{COMMON.format(folder=tasks)}{text}")
     harness.run(flags_for(tasks, one))
     wanted = said(one)
     assert len({json.dumps(answer) for answers in wanted.values() for answer in answers}) == 4
@@ -245,7 +212,6 @@ def test_order_batch_processes_and_stops_change_nothing(tasks, tmp_path, monkeyp
 
 
 REFUSED = {
-    "adapter_config.json is missing": {"adapter": "absent"},
     "--batch_size must be a number": {"batch_size": "auto"},
     "--device cpu, cuda or mps": {"device": "cuda:1"},
     "--edit-threshold is for LLaDA2.1 alone": {"edit_threshold": 0.9},

@@ -1,11 +1,11 @@
 """
 test_loading.py: published checkpoints. Loading is right if each tensor ends up in its own place,
 once, and every place is filled. Whatever is in the way of that is one error that says what to do,
-and it comes before time and memory are spent. The hub is never reached here: one line says which
-files to fetch by hand.
+before time and memory are spent. The hub is never reached here.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from unittest import mock
@@ -16,7 +16,6 @@ import torch
 from backbones import (
     HIDDEN,
     LAYERS,
-    MASK,
     MOE,
     SETTINGS,
     TOKENIZER,
@@ -32,23 +31,12 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from full_scale.checkpoints import (
-    WANTED,
-    fetch,
-    find_checkpoint,
-    linear_layers,
-    load_llada,
-    random_llada,
-)
+from full_scale.checkpoints import fetch, find_checkpoint, linear_layers, load_llada, random_llada
 from full_scale.configs import ARCHITECTURES, read_llada_config
 from full_scale.experts import ExpertLinear4bit, Linear4bit
 
 CONFIG = Path("config.json")
-
-
-@pytest.fixture(params=SETTINGS)
-def kind(request) -> str:
-    return request.param
+EVERY = pytest.mark.parametrize("kind", SETTINGS)
 
 
 @pytest.fixture
@@ -64,6 +52,7 @@ model.layers.1.shared_expert.up_proj.weight model.layers.1.shared_expert.down_pr
 model.layers.1.mlp.expert_bias""".split()
 
 
+@EVERY
 def test_every_tensor_goes_to_its_own_place_in_the_dtype_asked_for(kind, folder, tmp_path):
     """How they are spread over files makes no difference. In bfloat16, LLaDA2's router alone and
     the routers' biases stay in float32: they decide, as published."""
@@ -118,11 +107,6 @@ def head_in_two_shards(folder: Path) -> None:
         save_file(load_file(path) | {HEAD: torch.ones(VOCABULARY, HIDDEN)}, path)
 
 
-def cut_off(folder: Path) -> None:
-    (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-1000])
-
-
-LONG = json.dumps({"weight_map": {"a": "x" * 5000}})
 OTHER = json.dumps({"weight_map": {"odd": SHARD}})
 INTEGERS = torch.ones(16, 32, dtype=torch.int8)
 # fault -> (how it comes about, what the error must name)
@@ -133,10 +117,9 @@ FAULTS = {
     "an expert is turned": (tensors({EXPERT: torch.ones(32, 16)}), [EXPERT, "[32, 16]"]),
     "an expert is quantized": (tensors({EXPERT: INTEGERS}), [EXPERT, "I8"]),
     "a tensor is there twice": (head_in_two_shards, [HEAD, "already"]),
-    "a shard is cut off": (cut_off, [SHARD, "damaged", "download it again"]),
+    "a shard is cut off": (lambda f: os.truncate(f / SHARD, 999), [SHARD, "download it again"]),
     "a shard is missing": (lambda f: (f / SHARD).unlink(), [SHARD, "is missing"]),
     "the index names a file elsewhere": (text(INDEX, '{"weight_map": {"a": "../b"}}'), ["../b"]),
-    "the index names a very long file": (text(INDEX, LONG), [INDEX, "xxx"]),
     "the index names other tensors": (text(INDEX, OTHER), ["disagree"]),
     "the index is a list": (text(INDEX, '{"weight_map": ["a"]}'), [INDEX, "weight_map"]),
     "there are no weights": (remove_weights, ["model.safetensors is missing"]),
@@ -208,19 +191,14 @@ def test_impossible_sizes_and_those_that_contradict_each_other_are_refused(kind,
     assert said.startswith("config.json: ")
 
 
-# The baseline is taken after the imports and one loaded toy. Pages of a mapped file count, too.
+# The first model is a toy: the second one's peak is above that. Pages of a mapped file count, too.
 MEASURE = """
 import sys
 from pathlib import Path
 from full_scale.checkpoints import load_llada
-
-def memory(kind):
-    return int(Path("/proc/self/status").read_text().partition(kind)[2].split()[0]) * 1024
-
-load_llada(sys.argv[1])
-before = memory("VmRSS:")
-model = load_llada(sys.argv[2])
-print(sum(t.nbytes for t in model.state_dict().values()), memory("VmHWM:") - before)
+for folder in sys.argv[1:]:
+    model = load_llada(folder)
+    print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 """
 
 
@@ -233,12 +211,12 @@ def test_the_peak_memory_of_loading_is_the_weights_and_one_shard(tmp_path):
     toy = write_checkpoint(tmp_path / "toy", "llada-moe")
     done = run_python("-c", MEASURE, toy, large)
     assert done.returncode == 0, done.stderr
-    weights, peak = map(int, done.stdout.split())
-    shard = max(path.stat().st_size for path in large.glob("*.safetensors"))
-    assert weights > 100e6
-    assert weights <= peak <= weights + shard + 0.1 * weights
+    before, after = (1024 * int(line) for line in done.stdout.split())
+    shards = [path.stat().st_size for path in large.glob("*.safetensors")]
+    assert 0.9 * sum(shards) <= after - before <= 1.1 * sum(shards) + max(shards)
 
 
+@EVERY
 def test_four_bits_reach_every_linear_layer_but_the_head(kind, folder):
     """Experts included; all else stays as it is. Output and gradient are those of a model that has
     the unpacked weights as its own. A number takes 4.127 bits: 4, and a scale for each 64, itself
@@ -266,6 +244,7 @@ def test_four_bits_reach_every_linear_layer_but_the_head(kind, folder):
     assert bits == pytest.approx(4.127, abs=0.02)
 
 
+@EVERY
 def test_random_weights_need_a_config_and_nothing_else(kind, folder):
     """--random-weights: the sizes of a config.json; the same seed gives the same weights."""
     remove_weights(folder)
@@ -275,23 +254,15 @@ def test_random_weights_need_a_config_and_nothing_else(kind, folder):
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in state.items())
     assert not torch.equal(model.output.weight, other.output.weight)
     assert model.output.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert model(torch.full((1, 4), MASK)).shape == (1, 4, VOCABULARY)
     four = linear_layers(random_llada(str(folder), dtype=torch.bfloat16, load_4bit=True))
     assert all(isinstance(layer, Linear4bit) for layer in four.values())
 
 
-def test_random_weights_of_a_wrong_name_or_an_impossible_size_are_refused(tmp_path):
+def test_random_weights_of_an_impossible_size_are_refused(tmp_path):
     """The sizes are each possible, but nothing holds their product."""
-    assert "neither llada-8b" in refused(random_llada, str(tmp_path / "absent"))
     huge = {"num_hidden_layers": 999, "moe_layer_freq": [1] * 999, "num_experts": 9_999}
     config(**huge, hidden_size=4_000_000, expert_intermediate_size=4_000_000)(tmp_path)
     assert "more than any machine holds" in refused(random_llada, str(tmp_path))
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """Puts a function in the place of the client's download."""
-    return lambda download: monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
 
 
 @pytest.mark.parametrize("name", ["absent", "llada-9b", "a/b/c", "x" * 5000])
@@ -307,7 +278,7 @@ def test_without_network_the_user_is_told_which_files_to_put_where(monkeypatch, 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     said = refused(find_checkpoint, "llada-moe")
     assert said.startswith("cannot download inclusionAI/LLaDA-MoE-7B-A1B-Base")
-    assert all(name in said for name in WANTED)
+    assert "config.json, *.safetensors, model.safetensors.index.json, tokenizer*.json" in said
     assert "huggingface.co/inclusionAI/LLaDA-MoE-7B-A1B-Base into a folder" in said
 
 
@@ -315,15 +286,14 @@ NO_DOWNLOAD = [
     (errors.GatedRepoError, "gated: accept its terms on its page and log in"),
     (errors.RepositoryNotFoundError, "no dataset a/b that you may read"),
     (errors.HfHubHTTPError, "cannot download a/b (HfHubHTTPError: 403"),
-    (OSError, "cannot download a/b (OSError: 403"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "named"), NO_DOWNLOAD)
-def test_a_download_that_is_refused_is_one_line_with_a_way_out(hub, kind, named):
+def test_a_download_that_is_refused_is_one_line_with_a_way_out(monkeypatch, kind, named):
     error = kind.__new__(kind)  # the client's errors want a response to be constructed
     error.args = ("403 Client Error\nsee the page",)
-    hub(mock.Mock(side_effect=error))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", mock.Mock(side_effect=error))
     said = refused(fetch, "a/b", ["b.json"], "dataset")
     assert named in said
     assert "fetch b.json from https://huggingface.co/datasets/a/b into a folder" in said
@@ -336,11 +306,11 @@ def test_without_huggingface_hub_only_downloads_fail(monkeypatch):
     assert "pip install huggingface_hub" in refused(find_checkpoint, "a/b")
 
 
-def test_a_download_fetches_what_is_read_and_nothing_else(hub, tmp_path):
+def test_a_download_fetches_what_is_read_and_nothing_else(monkeypatch, tmp_path):
     """A short name stands for its repository; modelling code and other formats stay on the hub. A
     repository without the file that was asked for is refused."""
     client = mock.Mock(return_value=str(TOKENIZER))
-    hub(client)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", client)
     assert find_checkpoint("llada-8b") == find_checkpoint("a/b") == TOKENIZER
     assert [call.args for call in client.mock_calls] == [("GSAI-ML/LLaDA-8B-Base",), ("a/b",)]
     files = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
@@ -348,5 +318,5 @@ def test_a_download_fetches_what_is_read_and_nothing_else(hub, tmp_path):
     others = ["modeling_llada.py", "README.md", "pytorch_model.bin", "model.gguf"]
     wanted = client.call_args.kwargs["allow_patterns"]
     assert list(filter_repo_objects([*files, *others], allow_patterns=wanted)) == files
-    hub(mock.Mock(return_value=str(tmp_path)))
+    client.return_value = str(tmp_path)
     assert "a/b on the hub has no b.json" in refused(fetch, "a/b", ["b.json"], "dataset")

@@ -151,10 +151,10 @@ def test_the_paragraph_that_answers_is_there_and_its_article_comes_first():
         names = houses(ask("ruler_qa_2", 5, length))
         assert {"5.0", "5.1", "5.2"} <= set(names)
         assert len(set(names)) == len(names)
-    places = set()
-    for i in range(9):
-        places.add(houses(ask("ruler_qa_1", i, 700 + 97 * i)).index(f"{i // 3}.{i % 3}"))
-    assert len(places) > 2, "documents are not mixed"
+    mixed = [
+        houses(ask("ruler_qa_1", i, 700 + 97 * i)).index(f"{i // 3}.{i % 3}") for i in range(9)
+    ]
+    assert len(set(mixed)) > 2, "documents are not mixed"
 
 
 def test_questions_without_an_answer_are_not_asked(tmp_path):
@@ -218,26 +218,9 @@ def test_length_that_is_too_short_is_refused_with_the_shortest_that_is_not(task,
         make_question(task, 0, 64, 0, style)
 
 
-@EVERY
-def test_only_the_right_answer_scores(task):
-    """Silence and the question itself score 0. The rule of the protocol makes the score."""
-    rules = [metrics_of(task, protocol)[0] for protocol in ("original", "harness")]
-    assert rules == (["babilong", "harness"] if "babilong" in task else metrics_of(task) * 2)
-    for index in range(5):
-        question = make_question(task, index, LENGTH, 0, ORIGINAL)
-        answer = ", ".join(question.references)
-        if "ruler_qa" in task:
-            answer = question.references[-1]
-        for said, score in ((answer, 1), (f"It is {answer}.", 1), ("", 0), (question.asked, 0)):
-            assert {METRICS[name](question, said) for name in metrics_of(task)} == {score}
-
-
-KITCHEN = "qa3", "kitchen", "Where was the milk before the office?"
 CARRIED = "What is Mary carrying?"
 SAID = [  # what is said, the task, its target and the question, and the score
-    ("Before the office it was in the KITCHEN. Or in the garden?", *KITCHEN, 1),
-    ("In the garden. Then in the kitchen.", *KITCHEN, 0),
-    ("In the kitchen <example> in the garden", *KITCHEN, 1),
+    ("In the kitchen <example> in the garden", "qa1", "kitchen", "Where is Mary?", 1),
     ("None.", "qa7", "none", CARRIED, 1),
     ("None.", "qa7", "one", CARRIED, 0),
     ("one or none", "qa7", "none", CARRIED, 0),
@@ -251,9 +234,10 @@ SAID = [  # what is said, the task, its target and the question, and the score
 
 
 @pytest.mark.parametrize(("said", "task", "target", "asked", "score"), SAID)
-def test_babilong_wants_the_label_alone_in_the_first_statement(said, task, target, asked, score):
-    """Labels of the question are set aside, and lists are sets. "none" is no "one" (but "not" has a
-    "no", as in the published rule). The harness's rule takes any mention of the target."""
+def test_babilong_wants_the_label_alone(said, task, target, asked, score):
+    """Lists are sets. "none" is no "one" (but "not" has a "no", as in the published rule). The
+    harness's rule takes any mention of the target."""
     question = Question(f"babilong_{task}", [], 20, (target,), asked=asked)
     assert METRICS["babilong"](question, said) == score
     assert METRICS["harness"](question, said) == (target in said.lower())
+    assert metrics_of(question.task, protocol="harness")[0] == "harness"
