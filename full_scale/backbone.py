@@ -20,7 +20,7 @@ from full_scale.configs import BACKBONES, llada_config
 from full_scale.experts import Linear4bit
 from full_scale.tokenizer import Tokenizer, load_tokenizer
 from lab.tools import read_json, write_json
-from lab.variants import paper_settings
+from lab.variants import MOST_PASSES, paper_settings
 from model import Linear, Transformer, UserError
 from sample import Write
 
@@ -109,7 +109,8 @@ def write_settings(
     found = {name.removeprefix("memory_"): config[name] for name in PAPER}
     found |= {name: getattr(write.memory, name) for name in ("rank", "alpha", "lr")}
     found |= {"rule": rule, "passes": passes, "anchor_ratio": ratio, "window": window}
-    return found | {"share": 0.3}  # of our rule, which no flag changes
+    found |= {"share": 0.3}  # of our rule, which no flag changes, nor its most passes
+    return found | ({"most passes a window": MOST_PASSES} if rule == "surprise" else {})
 
 
 def note_training(adapter: Path, settings: dict) -> None:

@@ -147,7 +147,7 @@ def surprise_rule(model, prompts, write, generators, window=96, share=0.3, passe
     for mask in ((chosen & half).view_as(windows), (chosen & ~half).view_as(windows)):
         h = memdlm.prefix(model, batch, mask, write.memory)
         stages.append(stage_of(mask, batch.maskable)._replace(h=h))
-    return windows, stages * min(passes, 2 * len(windows) // len(prompts))
+    return windows, stages * min(passes, MOST_PASSES * len(windows) // len(prompts))
 
 
 def cut_windows(prompts: Tensor, window: int) -> Tensor:
@@ -186,8 +186,8 @@ CHOICES: dict[str, dict[str, dict]] = {
     "form": {"lora": {}, "full": {"fresh": fresh_full, "kind": FullRank}},
     "clip_by": {"tensor": {}, "global": {"norms": global_norm}},
 }
-# The settings that are numbers: fields of Memory.
-NUMBERS = ("rank", "alpha", "lr", "clip", "fraction", "epochs", "start_scale")
+NUMBERS = ("rank", "alpha", "lr", "clip", "fraction", "epochs", "start_scale")  # of Memory
+MOST_PASSES = 2  # of our rule, for each window of a prompt
 WRITE_RULES = ("paper", "surprise")
 
 

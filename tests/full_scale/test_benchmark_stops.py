@@ -155,10 +155,13 @@ def test_files_that_were_replaced_are_noticed(tmp_path, capsys):
 
 
 def test_settings_of_writing_have_the_names_of_earlier_versions(tmp_path):
-    """What an earlier version began must go on: all names and the paper's values stay."""
+    """What an earlier version began must go on: all names and the paper's values stay. Our own rule
+    has become another one since, which its settings say."""
     found = settings_of(ask(tmp_path, f"{ONE} --memory"))["base_inference"]
     texts = [f"{name} {found[name]}" for name in found if name.startswith("write ")]
     assert sorted(texts) == sorted(f"write {text}" for text in re.split(r",\s", WRITTEN))
+    ours = settings_of(ask(tmp_path / "ours", f"{ONE} --memory --write surprise"))
+    assert ours["base_inference"]["write most passes a window"] == 2
 
 
 def test_other_seeds_tasks_lengths_and_rows_join_what_is_there(unbroken, tmp_path):
