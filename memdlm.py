@@ -151,7 +151,7 @@ def token_nll(model: Transformer, h: Tensor, target: Tensor) -> Tensor:
 def denoising_loss(model, batch: Batch, anchor: Anchor, h: Tensor, start=0, fast=None) -> Tensor:
     """Eq. 2, and with `fast` Eq. 9: the sum of w(t) * nll over masked tokens, divided by the number
     of maskable ones. h (B, T, D) is what the layer `start` reads."""
-    h = model.run(h, start, None, batch.attention_mask, fast)[anchor.masked]  # (M, D)
+    h = model.run(h, start, None, batch.attention_mask, fast, at=anchor.masked)  # (M, D)
     nll = token_nll(model, h, batch.x0[anchor.masked])  # (M,)
     row = anchor.masked.nonzero()[:, 0]  # (M,) whose token each one is
     weight = 1 / (anchor.t + 1e-6)  # (B,)
@@ -223,7 +223,7 @@ def stage_loss(model, batch: Batch, stage: Stage, fast: Fast, memory: Memory) ->
     """Eqs. 7 and 8: one stage's loss for each set of phi, (N,): the sum of w * -log p of the clean
     tokens at the scored places, divided by their number."""
     start = memory.first_layer(len(model.layers))
-    h = model.run(stage.h, start, None, batch.attention_mask, fast)[stage.scored]  # (M, D)
+    h = model.run(stage.h, start, None, batch.attention_mask, fast, at=stage.scored)  # (M, D)
     loss = (memory.loss or cross_entropy)(model, batch, stage, h, fast)  # (M,)
     row, by_row = stage.scored.nonzero()[:, 0], torch.zeros_like(stage.weight, dtype=loss.dtype)
     by_row = by_row.index_add(0, row, stage.weight[row].to(loss.dtype) * loss)  # (B,)

@@ -73,8 +73,8 @@ def guided_logits(model, canvas, given, fast, cfg_scale: float, attention_mask, 
     """
 
     def logits(ids: Tensor, memory: Fast | None) -> Tensor:
-        h = model.run(model.embedding(ids), 0, None, attention_mask, memory)
-        return model.head(h[at]).float()
+        h = model.run(model.embedding(ids), 0, None, attention_mask, memory, at)
+        return model.head(h).float()
 
     conditional = logits(canvas, fast)
     if cfg_scale == 0:

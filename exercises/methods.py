@@ -42,6 +42,6 @@ def pretraining_with_memory(own: Memory, model, batch, memory, generator) -> Ten
     fast = memdlm.init_fast(model, own, own.sets(len(batch.x0)), generator)
     fast, _ = memdlm.inner_loop(model, batch, stages, fast, own)
     h = memdlm.embed(model, batch.x0, anchor.masked)
-    h = model.run(h, 0, None, batch.attention_mask, fast)[anchor.masked]
+    h = model.run(h, 0, None, batch.attention_mask, fast, at=anchor.masked)
     nll = memdlm.token_nll(model, h, batch.x0[anchor.masked])
     return nll.sum() / anchor.masked.sum().clamp(min=1)

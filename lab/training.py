@@ -35,8 +35,9 @@ from model import Config, Transformer, UserError, init_weights
 def pretraining_method(model, batch: Batch, memory: Memory, generator) -> Tensor:
     """The mean NLL over masked tokens: Eq. 2 without its weight, for a calmer start."""
     masked = memdlm.draw_anchor(batch.maskable, generator).masked
-    h = model.run(memdlm.embed(model, batch.x0, masked), 0, None, batch.attention_mask)
-    return memdlm.token_nll(model, h[masked], batch.x0[masked]).sum() / masked.sum().clamp(min=1)
+    h = memdlm.embed(model, batch.x0, masked)
+    h = model.run(h, 0, None, batch.attention_mask, at=masked)  # (M, D)
+    return memdlm.token_nll(model, h, batch.x0[masked]).sum() / masked.sum().clamp(min=1)
 
 
 METHODS = {"base": pretraining_method, "mdlm": standard_method, "memdlm": memory_method}

@@ -93,7 +93,7 @@ def distillation(model, batch, stage: Stage, h: Tensor, fast: Fast, kind: str) -
     masked = torch.zeros_like(stage.masked) if stage.following is None else stage.following
     with torch.no_grad():
         seen = embed(model, batch.x0, masked)
-        teacher = model.run(seen, 0, None, batch.attention_mask, fast)[stage.scored]
+        teacher = model.run(seen, 0, None, batch.attention_mask, fast, at=stage.scored)
     if kind == "hidden_mse":  # both after the final norm
         return (model.norm(h) - model.norm(teacher)).square().mean(-1)
     if kind == "hidden_cosine":
@@ -166,7 +166,7 @@ def token_surprise(model: Transformer, rows: Tensor, folds: int = 4) -> Tensor:
     for fold in range(folds):
         masked = torch.arange(rows.shape[1], device=rows.device) % folds == fold
         masked = masked.expand(rows.shape)
-        h = model.run(memdlm.embed(model, rows, masked))[masked]
+        h = model.run(memdlm.embed(model, rows, masked), at=masked)
         nll.masked_scatter_(masked, memdlm.token_nll(model, h, rows[masked]).to(nll.dtype))
     return nll
 

@@ -113,8 +113,11 @@ def test_a_model_led_astray_by_its_own_mistake_has_exposure_bias():
         return torch.where(lost[:, None, None], 0.0, misled)
 
     def curve_of(predict, steps: int) -> list[tuple]:
-        model = SimpleNamespace(embedding=torch.nn.Identity(), head=torch.nn.Identity())
-        model.config, model.run = SimpleNamespace(mask_id=data.MASK), lambda h, *rest: predict(h)
+        def run(h, start, stop, attention_mask, fast, at) -> torch.Tensor:
+            return predict(h)[at]
+
+        model = SimpleNamespace(embedding=torch.nn.Identity(), head=torch.nn.Identity(), run=run)
+        model.config = SimpleNamespace(mask_id=data.MASK)
         return eval_niah.exposure_walk(model, x0, response, order, steps, None)
 
     curve = curve_of(astray, 10)

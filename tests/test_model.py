@@ -60,6 +60,23 @@ def test_all_forms_of_a_mask_say_the_same(make_model):
 
 
 @torch.no_grad()
+def test_wanted_places_have_the_output_that_they_have_among_all(make_model):
+    """The last layer works at the places of `at` alone. They read every place still, each by its
+    own row of the mask; a row of the batch may have none, and there may be none at all."""
+    model, ids, at = make_model(), prompts_of(6, 9), torch.rand(6, 9, generator=seeded(2)) < 0.4
+    at[1], real, fast = False, torch.ones(6, 9), random_fast(model, 3)
+    real[0, 7:] = 0
+    lower = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
+    for mask in (None, real, lower, lower.expand(6, 1, 9, 9)):
+        for start, stop in ((0, None), (1, 2), (3, 4)):
+            h = model.embedding(ids)
+            expected = model.run(h, start, stop, mask, fast)
+            for wanted in (at, at & False):
+                found = model.run(h, start, stop, mask, fast, at=wanted)
+                torch.testing.assert_close(found, expected[wanted], **TIGHT)
+
+
+@torch.no_grad()
 def test_every_token_sees_the_ones_after_it(make_model):
     """A denoiser is bidirectional (Sec. 2.1): every position depends on the last."""
     model, ids = make_model(canon=0), prompts_of(1, 8)

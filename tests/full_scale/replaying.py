@@ -248,7 +248,7 @@ def replay_stage(run: Run, k: int, fast: Fast) -> Fast:
 def compare_rows(run: Run, stage: Stage, fast: Fast, recorded: Tensor) -> None:
     """The weighted losses (B, T), summed over each row."""
     first = run.memory.first_layer(run.model.config.layers)
-    h = run.model.run(stage.h, first, None, run.batch.attention_mask, fast)[stage.scored]
+    h = run.model.run(stage.h, first, None, run.batch.attention_mask, fast, at=stage.scored)
     loss = (run.memory.loss or memdlm.cross_entropy)(run.model, run.batch, stage, h, fast)
     by_token = torch.zeros_like(recorded).masked_scatter(stage.scored, loss.detach())
     by_row = stage.weight * by_token.sum(1)
