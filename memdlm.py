@@ -302,7 +302,20 @@ def train_step(model, optimizer, losses: Iterable[Tensor], clip: float) -> tuple
     return taken, total
 
 
-# ==== end of the method; the same noise for the same key ==========================================
+# ==== end of the method; what a memory takes up; the same noise for the same key ==================
+
+
+@torch.no_grad()
+def nll_by_stage(model, batch, anchor: Anchor, stages, fast: Fast, memory: Memory) -> list[Tensor]:
+    """-log p of the clean tokens that the anchor masks, (M,): with phi_0, phi_1, ..., phi_K."""
+    found, h = [], embed(model, batch.x0, anchor.masked)
+    for stage in (None, *stages * memory.epochs):
+        if stage is not None:
+            stage = stage._replace(h=prefix(model, batch, stage.masked, memory))
+            fast, _ = inner_step(model, batch, stage, fast, memory)
+        read = model.run(h, 0, None, batch.attention_mask, fast, at=anchor.masked)
+        found.append(token_nll(model, read, batch.x0[anchor.masked]))
+    return found
 
 
 def generator_for(*key: int | str) -> torch.Generator:

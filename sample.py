@@ -159,6 +159,15 @@ def commit(canvas, opened, tokens, probability, quota: int, threshold=None) -> T
     return torch.where(select(confidence, quota, threshold), proposal, canvas)
 
 
+def denoising_states(model, prompt: Tensor, tokens: int, fast=None) -> list[list[int]]:
+    """The answer to a prompt (1, P) before the first and after each step of its denoising, when a
+    token is committed at a time."""
+    canvases = []
+    generate(model, prompt, plan_blocks(tokens), fast=fast, watch=canvases.append)
+    states = [canvas[0, prompt.shape[1] :].tolist() for canvas in canvases]
+    return [[model.config.mask_id] * tokens, *states]
+
+
 # ---- writing the prompt into the weights (Sec. 4.5) ------------------------------------------
 
 

@@ -3,8 +3,8 @@ overshoot.py: for which step sizes the inner loop is stable, on the models of fi
 
     python assets/overshoot.py runs/old runs/tiny --out assets/overshoot.png
 
-For each run it takes the base and the MemDLM model of the first draw of up to three seeds, and goes
-through the inner loop on the draw's pairs at several step sizes. Left: the share of the memories
+For each run it takes the base and the MemDLM model of up to three seeds, and goes through the inner
+loop on the pairs of the seed at several step sizes. Left: the share of the memories
 whose last step raises the loss that it descends. Right: the loss that the outer step then sees.
 It also prints, for the first run, what each stage does to the row that suffers most at step size 1.
 """
@@ -29,8 +29,8 @@ def measure(run: Path, name: str) -> list[dict]:
     """One record for each seed and step size."""
     config, records = tools.read_config(run), []
     for seed in range(config["seed"], config["seed"] + min(3, config["seeds"])):
-        model, _ = training.open_run(run, seed, 0, name, "cpu")
-        batches = [data.collate(training.tiny_pairs(config, seed, 0, config["noise"]))]
+        model, _ = training.open_run(run, seed, name, "cpu")
+        batches = [data.collate(training.tiny_pairs(config, seed, noise=config["noise"]))]
         for rate in RATES:
             memory = replace(variants.memory_of(config), lr=rate)
             losses = training.measure_losses(model, batches, batches, memory, seed)
@@ -41,12 +41,7 @@ def measure(run: Path, name: str) -> list[dict]:
 def row_losses(model, batch, anchor, stages, phi_0, memory) -> list:
     """Each row's part of the outer loss, (B,), with phi_0, phi_1 and phi_2."""
     row, found = anchor.masked.nonzero()[:, 0], []
-    for done in range(3):
-        fast = phi_0
-        if done:
-            fast, _ = memdlm.inner_loop(model, batch, stages[:done], phi_0, memory)
-        h = model.run(memdlm.embed(model, batch.x0, anchor.masked), 0, None, None, fast)
-        nll = memdlm.token_nll(model, h[anchor.masked], batch.x0[anchor.masked])
+    for nll in memdlm.nll_by_stage(model, batch, anchor, stages, phi_0, memory):
         parts = torch.zeros(len(anchor.t)).index_add(0, row, nll / (anchor.t[row] + 1e-6))
         found.append(parts / batch.maskable.sum())
     return found
@@ -59,8 +54,8 @@ def show_worst_row(run: Path) -> None:
     for rate in (1.0, 0.25, 0.5, 2.0):
         memory, worst = replace(variants.memory_of(config), lr=rate), []
         for seed in range(config["seed"], config["seed"] + min(3, config["seeds"])):
-            model, _ = training.open_run(run, seed, 0, "memdlm", "cpu")
-            batch = data.collate(training.tiny_pairs(config, seed, 0, config["noise"]))
+            model, _ = training.open_run(run, seed, "memdlm", "cpu")
+            batch = data.collate(training.tiny_pairs(config, seed, noise=config["noise"]))
             [anchor], draws = training.even_anchors([batch], seed), memdlm.generator_for(seed)
             stages = memdlm.make_stages(anchor, batch.maskable, memory, draws)
             phi_0 = memdlm.init_fast(model, memory, len(batch.x0), draws)

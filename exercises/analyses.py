@@ -9,25 +9,20 @@ Each variant of the memory is trained from the bases of a finished `--tiny` run,
 under the masks of that run, so that it differs from the run's MemDLM by the variant alone. What is
 measured is kept: started again, the command goes on where it was. Each figure becomes a picture and
 a table in OUT. figures.json says what a variant changes of the run's settings, and what the paper
-found (LLaDA-MoE, BABILong-1K). A difference is that from the default, paired by fine-tuning set;
-intervals are 95% t-intervals over these sets, uncorrected.
+found (LLaDA-MoE, BABILong-1K). A difference is that from the default, paired by base; intervals are
+95% t-intervals over bases, uncorrected.
 """
 
-import io
 import math
-import multiprocessing
-import signal
 import sys
 import zlib
 from argparse import Namespace
-from contextlib import redirect_stderr
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import torch
 from tqdm import tqdm
 
 import memdlm
@@ -35,7 +30,7 @@ import sample
 from data import TASKS, collate
 from exercises.methods import exact_method, pretraining_with_memory
 from lab import evaluate, pictures, report, tiny, tools, training, variants
-from lab.tools import Parser, guarded, read_json, whole, write_json, write_text
+from lab.tools import Parser, guarded, read_json, write_json, write_text
 from model import UserError
 
 FIGURES = read_json(Path(__file__).with_name("figures.json"))
@@ -43,31 +38,30 @@ FIGURE_HELP = "; ".join(f"{name}, {one['title']}" for name, one in FIGURES.items
     "%", "%%"
 )
 VARIANTS = {name: one for figure in FIGURES.values() for name, one in figure["variants"].items()}
-TIMES = (1, 4)  # lengths that are scored, in lengths of the base
+TIMES, SAMPLES = (1, 4), 32  # lengths that are scored, in lengths of the base; answers a task
 
-# ---- one job: a variant on one fine-tuning set -----------------------------------------------
+# ---- one job: a variant from one base --------------------------------------------------------
 
 
-def score(model, config: dict, seed: int, draw: int, how: sample.Write | None) -> dict:
-    """{"1x": mean score over the tasks, "4x": ...}, as `--tiny` scores; with `how`, after each
+def score(model, config: dict, seed: int, write: sample.Write | None) -> dict:
+    """{"1x": mean score over the tasks, "4x": ...}, as `--tiny` scores; with `write`, after each
     prompt was written."""
-    usual = evaluate.build_parser().get_default
-    asked = Namespace(samples=usual("samples"), threshold=usual("threshold"), how=how)
-    asked.steps, asked.block_length, asked.wording, scores = None, None, config["wording"], {}
+    asked = Namespace(samples=SAMPLES, steps=None, block_length=None, threshold=0.95)
+    scores = {}
     for times in TIMES:
-        one = partial(evaluate.score_cell, model, how is not None, length=times * config["length"])
-        cells = [one(task=task, seed=seed, draw=draw, args=asked)["score"] for task in TASKS]
-        scores[f"{times}x"] = sum(cells) / len(cells)
+        one = partial(evaluate.score_cell, model, write, length=times * config["length"])
+        cells = [one(task, seed=seed, args=asked, wording=config["wording"]) for task in TASKS]
+        scores[f"{times}x"] = sum(cell["score"] for cell in cells) / len(cells)
     return scores
 
 
-def fine_tuned(run: Path, config: dict, variant: dict, seed: int, draw: int, folder: Path) -> tuple:
+def fine_tuned(run: Path, config: dict, variant: dict, seed: int, folder: Path) -> tuple:
     """The model of a variant, and the log of its training."""
     exact = variant.get("method") == "exact"
     training.METHODS["memdlm"] = exact_method if exact else memdlm.memory_method
     changed = config | variant.get("change", {})
-    model, _ = training.open_run(run, seed, draw, "base", "cpu")
-    training.fine_tune(changed, model, "memdlm", seed, draw, folder, "cpu", saving=50)
+    model, _ = training.open_run(run, seed, "base", "cpu")
+    training.fine_tune(changed, model, "memdlm", seed, folder, "cpu", saving=50)
     model, meta = tools.load_model(folder / "memdlm.safetensors")
     return model, meta["log"]
 
@@ -78,38 +72,37 @@ def pretrained(config: dict, seed: int, folder: Path) -> tuple:
     own = variants.memory_of(config)
     training.METHODS["base"] = partial(pretraining_with_memory, own)
     model = training.pretrain(config, seed, folder, "cpu", saving=50)
-    drawn = ((0, config["noise"]), (None, 0.0))
-    sets = [[collate(training.tiny_pairs(config, seed, *which))] for which in drawn]
+    asked = (("train", config["noise"]), ("held out", 0.0))
+    sets = [[collate(training.tiny_pairs(config, seed, *which))] for which in asked]
     return model.eval(), [training.measure_losses(model, *sets, own, seed, repeats=4)]
 
 
-def measure(run: Path, out: Path, job: tuple[str, int, int]) -> dict:
-    """The record of a job, (model of the run or variant, seed, draw), made if OUT has it not."""
-    name, seed, draw = job
-    variant = VARIANTS.get(name, {})
-    place = f"{name}-{zlib.crc32(repr(variant).encode()):08x}"  # another setting, another folder
-    folder = out / place.replace(" ", "_") / f"seed{seed}" / f"draw{draw}"
+def measure(run: Path, out: Path, job: tuple[str, int]) -> dict:
+    """The record of a job, (model of the run or variant, seed), made if OUT has it not. It belongs
+    to the variant's settings and to the weights of the run that it starts from."""
+    name, seed = job
+    variant, config = VARIANTS.get(name, {}), tools.read_config(run)
+    own = "memdlm" if "anchor_ratio" in variant else "base" if variant else name
+    weights = training.checkpoint_path(run, seed, own).read_bytes()
+    digest = zlib.crc32(repr((variant, zlib.crc32(weights))).encode())
+    folder = out / f"{name}-{digest:08x}".replace(" ", "_") / f"seed{seed}"
     if (folder / "record.json").exists():
         return read_json(folder / "record.json")
-    torch.set_num_threads(1)
-    config, how = tools.read_config(run), None
-    with redirect_stderr(io.StringIO()):  # no bar of its own: several jobs run at once
-        if variant.get("method") == "step0":
-            model, log = pretrained(config, seed, folder)
-        elif "change" in variant or "method" in variant:
-            model, log = fine_tuned(run, config, variant, seed, draw, folder)
-        else:  # a model of the run; what its base has learnt, Standard MDLM's log says at step 0
-            own = "memdlm" if variant else name
-            model, meta = training.open_run(run, seed, draw, own, "cpu")
-            log = meta["log"]
-            if name == "base":
-                log = training.open_run(run, seed, draw, "mdlm", "cpu")[1]["log"][:1]
+    if variant.get("method") == "step0":
+        model, log = pretrained(config, seed, folder)
+    elif own == "base" and variant:
+        model, log = fine_tuned(run, config, variant, seed, folder)
+    else:  # a model of the run; what its base has learnt, Standard MDLM's log says at step 0
+        model, meta = training.open_run(run, seed, own, "cpu")
+        log = meta["log"]
+        if name == "base":
+            log = training.open_run(run, seed, "mdlm", "cpu")[1]["log"][:1]
+    write = None
     if "anchor_ratio" in variant:  # the paper's step size and its one pass
         memory = replace(variants.memory_of(config), lr=0.1)
-        how = sample.Write(memory, variant["anchor_ratio"])
-    record = {"variant": name, "seed": seed, "draw": draw}
-    record |= {"with_memory": log[-1][training.LOSSES[0]]}
-    record |= {"learnt": log[-1][training.LOSSES[1]], "kept": score(model, config, seed, draw, how)}
+        write = sample.Write(memory, variant["anchor_ratio"])
+    record = {"variant": name, "seed": seed, "with_memory": log[-1][training.LOSSES[0]]}
+    record |= {"learnt": log[-1][training.LOSSES[1]], "kept": score(model, config, seed, write)}
     write_json(folder / "record.json", record)
     return record
 
@@ -122,7 +115,7 @@ class Line(NamedTuple):
 
     name: str
     paper: float  # the paper's score minus that of its default; nan: none is known
-    numbers: dict[str, list[float]]  # column -> its values, one a unit
+    numbers: dict[str, list[float]]  # column -> its values, one a base
 
     def sign(self) -> int:
         """Whether it is better (1) or worse (-1) than the default by more than its interval."""
@@ -131,12 +124,12 @@ class Line(NamedTuple):
 
 
 def line_of(name: str, paper: float, records: dict, default: str, controls: list) -> Line | None:
-    """records: model or variant -> unit -> record. A unit whose training has exploded, so that a
+    """records: model or variant -> seed -> record. A seed whose training has exploded, so that a
     loss is no number, is left out, and the name says how many are left; without any, None."""
     ours, columns = dict(records[name]), {}
-    for unit, one in records[name].items():
+    for seed, one in records[name].items():
         if None in (one["learnt"], one["with_memory"]):
-            del ours[unit]
+            del ours[seed]
     if len(ours) < len(records[name]):
         name = f"{name} (n = {len(ours)})"
     if not ours:
@@ -145,11 +138,11 @@ def line_of(name: str, paper: float, records: dict, default: str, controls: list
     columns["learnt"] = [one["learnt"] for one in ours.values()]
     for times in ("1x", "4x"):
         columns[times] = [one["kept"][times] for one in ours.values()]
-    before = [records[default][unit]["kept"]["4x"] for unit in ours]
+    before = [records[default][seed]["kept"]["4x"] for seed in ours]
     columns["4x minus default"] = [b - a for a, b in zip(before, columns["4x"])]
     standard = []
-    for unit, one in ours.items():
-        known = [records[control][unit] for control in controls]
+    for seed, one in ours.items():
+        known = [records[control][seed] for control in controls]
         points = [(two["learnt"], two["kept"]["4x"]) for two in known if two["learnt"] is not None]
         standard.append(report.at_equal(points, one["learnt"]))
     gains = [b - a for a, b in zip(standard, columns["4x"])]
@@ -170,7 +163,7 @@ def verdict(lines: list[Line]) -> str:
     return text + f"Not told apart from zero: {len(lines) - len(clear)}."
 
 
-def table(title: str, lines: list[Line], units: list[tuple[int, int]]) -> str:
+def table(title: str, lines: list[Line], seeds: list[int]) -> str:
     """A figure's table in markdown, and its verdict."""
     rows = []
     for line in lines:
@@ -180,10 +173,7 @@ def table(title: str, lines: list[Line], units: list[tuple[int, int]]) -> str:
             cells.append(text(values))
         rows.append(cells)
     found = report.markdown(["variant", "paper", *lines[0].numbers], rows)
-    seeds = sorted({seed for seed, _ in units})
-    told = f"n = {len(units)} fine-tuning sets, of seeds {', '.join(map(str, seeds))}."
-    if len(units) > len(seeds):
-        told += " Sets of one base are not independent, so that these intervals are too narrow."
+    told = f"n = {len(seeds)} bases, {SAMPLES} answers a task and length."
     return "\n".join([f"## {title}", "", found, "", f"{verdict(lines[1:])} {told}", ""])
 
 
@@ -216,8 +206,6 @@ def draw(title: str, lines: list[Line], path: Path) -> None:
 def figure_text(name: str, records: dict, controls: list[str], out: Path) -> str:
     """Draws a figure, and returns its table."""
     figure, base = FIGURES[name], FIGURES[name].get("default", "memdlm")
-    units = list(records[next(iter(figure["variants"]))])
-    records = records | {base: {unit: records[base][unit] for unit in units}}
     default = line_of(base, 0.0, records, base, controls)
     if default is None:
         raise UserError(f"every training of {base} in the run has exploded: nothing to compare.")
@@ -227,7 +215,7 @@ def figure_text(name: str, records: dict, controls: list[str], out: Path) -> str
         line = line_of(variant, paper, records, base, controls)
         lines += [line] if line else []
     draw(figure["title"], lines, out / f"{name}.png")
-    text = table(figure["title"], lines, units) + f"\n![{name}]({name}.png)\n"
+    text = table(figure["title"], lines, list(records[base])) + f"\n![{name}]({name}.png)\n"
     write_text(out / f"{name}.md", text)
     return text
 
@@ -248,20 +236,12 @@ def open_folders(run: Path, out: Path) -> dict:
     config, path = tools.read_config(run), out / "config.json"
     if config.get("student"):
         raise UserError(f"{run} was trained by {config['student']}: take a run of this code.")
-    training.open_run(run, config["seed"], 0, "memdlm", "cpu")  # it is finished
+    for job in evaluate.models_of(config):
+        training.open_run(run, *job, "cpu")  # it is finished
     if path.exists() and read_json(path) != {"run": config}:
         raise UserError(f"{out} has the analyses of another run: name another folder.")
     write_json(path, {"run": config})
     return config
-
-
-def jobs_of(config: dict, draws: int | None, wanted: list[str]) -> list[tuple[str, int, int]]:
-    """(model or variant, seed, draw) of all that is wanted. A base has one job for all draws."""
-    seeds = range(config["seed"], config["seed"] + config["seeds"])
-    numbers = range(min(draws or config["draws"], config["draws"]))
-    jobs = [(name, seed, number) for seed in seeds for number in numbers for name in wanted]
-    bases = {name for name, one in VARIANTS.items() if one.get("method") == "step0"}
-    return [job for job in jobs if job[0] not in bases or job[2] == 0]
 
 
 def run(arguments: list[str]) -> None:
@@ -271,8 +251,6 @@ def run(arguments: list[str]) -> None:
     flag("names", nargs="+", choices=[*FIGURES, "all"], help=FIGURE_HELP)
     flag("--run", type=Path, default=Path("runs/tiny"), help="folder of a finished --tiny run")
     flag("--out", type=Path, default=Path("runs/analyses"), help="folder for what is written")
-    flag("--draws", type=whole(1), help="the first so many draws of each seed; without it, all")
-    flag("--processes", type=whole(1), default=multiprocessing.cpu_count(), help="jobs at once")
     args = parser.parse_args(arguments)
     every = [name for name in FIGURES if name != "step0"] if "all" in args.names else []
     names = list(dict.fromkeys([*every, *(name for name in args.names if name != "all")]))
@@ -280,14 +258,14 @@ def run(arguments: list[str]) -> None:
     config = open_folders(args.run, args.out)
     controls = ["base", *(arm for arm in training.arms(config) if arm != "memdlm")]
     wanted = [*controls, "memdlm", *(v for name in names for v in FIGURES[name]["variants"])]
-    jobs = jobs_of(config, args.draws, wanted)
-    ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-    with multiprocessing.get_context("spawn").Pool(args.processes, **ignore) as pool:
-        done = pool.imap_unordered(partial(measure, args.run, args.out), jobs)
+    seeds = range(config["seed"], config["seed"] + config["seeds"])
+    jobs = [(name, seed) for name in wanted for seed in seeds]
+    with training.workers("cpu") as each:
+        done = each(partial(measure, args.run, args.out), jobs)
         measured = list(tqdm(done, "variants", total=len(jobs)))
     records: dict = {name: {} for name in wanted}
-    for one in sorted(measured, key=lambda one: (one["seed"], one["draw"])):
-        records[one["variant"]][one["seed"], one["draw"]] = one
+    for one in sorted(measured, key=lambda one: one["seed"]):
+        records[one["variant"]][one["seed"]] = one
     print("\n".join(figure_text(name, records, controls, args.out) for name in names))
 
 

@@ -135,4 +135,5 @@ def run(arguments: list[str]) -> None:
         names = missing.get(number, [])
         told = f"not written yet: {', '.join(names)} (the project's own)" if names else "yours"
         print(f"step {number}, {step.title}: {told}")
-    tiny.run(arguments, student=f"{path.name} {zlib.crc32(path.read_bytes()):08x}")
+    student = f"{path.name} {zlib.crc32(path.read_bytes()):08x}"
+    tiny.run(arguments, student, functools.partial(plug, path))

@@ -110,7 +110,8 @@ def write_settings(
     found |= {name: getattr(write.memory, name) for name in ("rank", "alpha", "lr")}
     found |= {"rule": rule, "passes": passes, "anchor_ratio": ratio, "window": window}
     found |= {"share": 0.3}  # of our rule, which no flag changes, nor its most passes
-    return found | ({"most passes a window": MOST_PASSES} if rule == "surprise" else {})
+    most = f"{MOST_PASSES} a window, 1 over a single one"
+    return found | ({"most passes": most} if rule == "surprise" else {})
 
 
 def note_training(adapter: Path, settings: dict) -> None:

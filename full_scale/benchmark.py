@@ -38,7 +38,7 @@ from full_scale.scoring import METRICS, metrics_of
 from lab import tools
 from lab.ask import decoding_flags
 from lab.pictures import canvas_text
-from lab.report import as_floats, bias_records, mean_of
+from lab.report import PLAIN, WITH_MEMORY, as_floats, bias_records, mean_of
 from lab.tools import DEVICES, Parser, real, whole
 from lab.variants import WRITE_RULES, check_write_flags, memory_of, write_with
 from memdlm import generator_for
@@ -118,7 +118,7 @@ def exposure_records(readers: list[Reader], cell: Cell, predictions: Predictions
     lacking = {method for method, task, *_ in predictions.without_room if task == report.BIAS}
     curves, denominators = {}, {}
     for reader in readers:
-        plain = report.PLAIN[reader.checkpoint]
+        plain = PLAIN[reader.checkpoint]
         if not lacking & {reader.method, plain}:
             walks = as_floats(answer["walk"] for answer in predictions.of(reader, cell))
             curves[reader.method] = walks.mean(axis=0).tolist()  # (pairs, steps, 3) -> (steps, 3)
@@ -167,14 +167,14 @@ def find_adapters(texts: list[str]) -> dict[str, Path]:
 def find_readers(args: argparse.Namespace, adapters: dict[str, Path]) -> list[Reader]:
     """Base, a row for each adapter, and with --memory one more, or one for each anchor ratio: of
     MemDLM's adapter, or else of what there is."""
-    readers = [Reader(report.PLAIN["base"], "base", None)]
-    readers += [Reader(report.PLAIN[name], name, None) for name in TRAINED if name in adapters]
+    readers = [Reader(PLAIN["base"], "base", None)]
+    readers += [Reader(PLAIN[name], name, None) for name in TRAINED if name in adapters]
     if args.memory:
         checkpoint = readers[-1].checkpoint
         for ratio in args.anchor_ratio or [Write().anchor_ratio]:
             suffix = f"@{ratio}" if len(args.anchor_ratio) > 1 else ""
             written = find_write(args, adapters.get(checkpoint), ratio)
-            readers.append(Reader(report.WITH_MEMORY[checkpoint] + suffix, checkpoint, *written))
+            readers.append(Reader(WITH_MEMORY[checkpoint] + suffix, checkpoint, *written))
     return readers
 
 

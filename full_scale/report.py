@@ -16,7 +16,7 @@ Reading list: Wilson 1927, "Probable inference, the law of succession, and stati
 
 Glossary
   name here    | meaning
-  method       | a row of the tables: a key of ROWS, in a sweep with the anchor ratio behind an @
+  method       | a row of the tables: a key of TITLES, in a sweep with the anchor ratio behind an @
   anchor ratio | share of the prompt that the memory's anchor masks (Sec. 4.5)
   depth        | where in the haystack the needle is: 0 where it begins, 1 where it ends
 """
@@ -28,7 +28,6 @@ import numpy as np
 
 from lab.pictures import COLOURS, draw_exposure, draw_panels, mean_by, new_figure, save_picture
 from lab.report import (
-    ROWS,
     difference_table,
     distinct,
     exposure_table,
@@ -40,9 +39,6 @@ from lab.report import (
     title,
 )
 
-# Each checkpoint's row without a memory, and its row with one.
-PLAIN = {row.checkpoint: method for method, row in ROWS.items() if not row.memory}
-WITH_MEMORY = {row.checkpoint: method for method, row in ROWS.items() if row.memory}
 BIAS = "exposure bias"  # what stands in place of a task's name where R_EB is measured
 
 
@@ -196,7 +192,7 @@ def draw_sweep(swept: list[dict], records: list[dict], path: Path) -> None:
     """Score over the anchor ratio (Fig. 8), a panel for each task and length. The row of the same
     checkpoint without a memory is a level line."""
     name, panels = swept[0]["method"].partition("@")[0], []
-    plain = PLAIN[ROWS[name].checkpoint]
+    plain = name.removesuffix("_inference")
     for task, length in dict.fromkeys((one["task"], one["length"]) for one in swept):
         points = []
         for one in matching(swept, task=task, length=length):

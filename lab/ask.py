@@ -3,6 +3,7 @@ ask.py: `sample.py --run`: answers a prompt with a model of a run.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from lab.tools import DEVICES, Parser, pick_device, read_config, real, whole
 from lab.training import open_run
 from lab.variants import check_write_flags, write_flags, write_of
 from memdlm import generator_for
-from model import Transformer, UserError
+from model import UserError
 from sample import Write, generate, plan_blocks, write_prompt
 
 
@@ -60,7 +61,6 @@ def build_parser() -> Parser:
     flag("--run", required=True, help="folder of a --tiny run, such as runs/tiny")
     flag("--model", default="memdlm", help="which of its models: base, mdlm, memdlm, mdlm-8e-05")
     flag("--seed", type=whole(0), help="which of its seeds; without it, the first")
-    flag("--draw", type=whole(0), default=0, help="which of its fine-tuning sets")
     answer_flags(flag)
     decoding_flags(flag)
     write_flags(flag)
@@ -77,10 +77,6 @@ def run(arguments: list[str]) -> None:
     check_write_flags(parser, args, args.memory)
     write = write_of(args, config) if args.memory else None
     device = pick_device(args.device)
-    model, _ = open_run(Path(args.run), seed, args.draw, args.model, device)
+    model, _ = open_run(Path(args.run), seed, args.model, device)
     blocks = plan_blocks(args.length, args.steps, args.block_length)
-
-    def answer(model: Transformer, prompt: Tensor, **options) -> Tensor:
-        return generate(model, prompt, blocks, **options)
-
-    answer_prompt(args, model, data.TINY, write, seed, answer)
+    answer_prompt(args, model, data.TINY, write, seed, partial(generate, blocks=blocks))

@@ -1,15 +1,15 @@
 """
-pictures.py: the pictures of a run: what the memory does to one pair, one answer's denoising, the
-exposure bias, the losses and the frontier.
+pictures.py: the pictures of a run: what it comes to, what a memory takes up, an answer's denoising,
+losses, and the exposure bias.
 """
 
-import math
 from pathlib import Path
 
 import numpy as np
 
 import data
-from lab.report import as_floats, by_unit, distinct, matching, mean_of, t_interval, title
+from lab import report
+from lab.report import PLAIN, as_floats, distinct, matching, mean_of, t_interval, title
 from lab.tools import finite, written_aside
 from lab.training import LOSSES
 
@@ -34,38 +34,35 @@ def save_picture(figure, path: Path) -> None:
 
 
 def draw_panels(panels: list[dict], path: Path) -> None:
-    """Panels side by side; each is {"lines": [(xs, ys, style, label)], and what axes can set}."""
-    figure, [axes] = new_figure(1, len(panels), max(6, 4.2 * len(panels)), 4)
+    """Panels side by side; each is {"lines": [(xs, ys, style, label)], and what axes can set}. The
+    legend stands below, where it covers nothing."""
+    figure, [axes] = new_figure(1, len(panels), max(6, 4.6 * len(panels)), 4.8)
     for axis, panel in zip(axes, panels):
         for xs, ys, style, label in panel.pop("lines"):
             axis.plot(xs, ys, **style, label=label)
         axis.set(**panel)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     save_picture(figure, path)
 
 
 def mean_by(records: list[dict], x: str, y: str) -> tuple[list, list]:
-    """The distinct values of x, sorted, and the mean of y over units at each."""
+    """The distinct values of x, sorted, and the mean of y over seeds at each."""
     places = sorted(distinct(records, x))
     return places, [mean_of(matching(records, **{x: place}), y) for place in places]
 
 
 def draw_losses(records: list[dict], path: Path) -> None:
-    """Left: the losses over the steps (Fig. 4). Right: held-out NLL by t, before and after."""
-    left, right = [], []
+    """The losses over the steps (Fig. 4), means over bases."""
+    lines, words = [], ("training set, with its memory (leaks)", "training set", "held out")
     for method in ("mdlm", "memdlm"):
-        found, colour = matching(records, method=method), COLOURS.get(method)
-        for key, dashes in zip(LOSSES, (":", "-", "--")):
-            style = {"color": colour, "linestyle": dashes}
-            left.append((*mean_by(found, "step", key), style, f"{method}: {key}"))
-        for step, dashes in ((0, ":"), (max(distinct(found, "step")), "-")):
-            bins = [as_floats(one["eval_by_t"]) for one in matching(found, step=step)]
-            centres = (np.arange(len(bins[0])) + 0.5) / len(bins[0])
-            style = {"color": colour, "linestyle": dashes, "marker": "o"}
-            right.append((centres, np.mean(bins, axis=0), style, f"{method}, step {step}"))
-    losses = {"xlabel": "fine-tuning step", "ylabel": "MDLM loss; with memory it leaks"}
-    by_t = {"xlabel": "noise level t", "ylabel": "held-out NLL per masked token"}
-    draw_panels([{"lines": left, **losses}, {"lines": right, **by_t}], path)
+        found = matching(records, method=method)
+        for key, text, dashes in zip(LOSSES, words, (":", "-", "--")):
+            if method == "memdlm" or key != LOSSES[0]:
+                style = {"color": COLOURS[method], "linestyle": dashes, "marker": "."}
+                label = f"{title(PLAIN[method])}: {text}"
+                lines.append((*mean_by(found, "step", key), style, label))
+    labels = {"xlabel": "fine-tuning step", "ylabel": "MDLM loss on fixed noise"}
+    draw_panels([{"lines": lines, **labels}], path)
 
 
 def draw_exposure(records: list[dict], path: Path, colours=COLOURS) -> None:
@@ -74,47 +71,56 @@ def draw_exposure(records: list[dict], path: Path, colours=COLOURS) -> None:
     for method in distinct(records, "method"):
         found, style = matching(records, method=method), {"color": colours.get(method)}
         left.append((*mean_by(found, "mask_ratio", "ratio"), style, title(method)))
-        for key, dashes in (("sequential", "-"), ("static", ":")):
-            dashed = {**style, "linestyle": dashes}
-            label = f"{title(method)}: {key}"
+        for key, name, dashes in (("sequential", "L_seq", "-"), ("static", "L_static", ":")):
+            label, dashed = f"{title(method)}: {name}", {**style, "linestyle": dashes}
             right.append((*mean_by(found, "mask_ratio", key), dashed, label))
-    common = {"xlabel": "mask ratio (denoising runs to the right)", "yscale": "log", "xlim": (1, 0)}
+    common = {"xlabel": "mask ratio (denoising runs to the right)", "xlim": (1, 0)}
     bias = {"lines": left, "ylabel": "R_EB = L_seq / L_static (1 is ideal)", **common}
-    draw_panels([bias, {"lines": right, "ylabel": "NLL of the true tokens", **common}], path)
+    draw_panels([bias, {"lines": right, "ylabel": "-log p of the true tokens", **common}], path)
 
 
-def draw_frontier(points: list[dict], path: Path) -> None:
-    """Learnt against kept, a curve through the rates of each method, both from the base on. Means
-    and 95% t-intervals over units; thin lines are single units. Kept: at 4x, or at the longest."""
-    points = [one | {"learnt": as_floats([one["learnt"]])[0]} for one in points]
-    longest = max(points[0]["kept"], key=lambda times: float(times[:-1]))
-    times = "4x" if "4x" in points[0]["kept"] else longest
-    figure, [[axis]] = new_figure(1, 1, 6.5, 4.6)
-    names = {"mdlm": "Standard MDLM", "memdlm": "MemDLM (Train-Only)"}
-    for method, name in names.items():
-        chosen = [one for one in points if one["method"] == method or one["lr"] == 0]
-        for found in by_unit(chosen).values():
-            line = sorted((one["learnt"], one["kept"][times]) for one in found)
-            axis.plot(*zip(*line), color=COLOURS[method], alpha=0.2, linewidth=0.8)
-        means = []
-        for rate in sorted(distinct(chosen, "lr")):
-            found = matching(chosen, lr=rate)
-            x = t_interval([one["learnt"] for one in found])
-            y = t_interval([one["kept"][times] for one in found])
-            means.append((x[0], y[0], finite(x[1]) or 0, finite(y[1]) or 0))
-            if rate:
-                note = {"xytext": (6, -11), "textcoords": "offset points", "fontsize": 8}
-                axis.annotate(f"{rate:g}", (x[0], y[0]), **note, color=COLOURS[method])
-        xs, ys, wide, high = zip(*means)
-        style = {"marker": "o", "capsize": 3, "color": COLOURS[method], "label": name}
-        axis.errorbar(xs, ys, xerr=wide, yerr=high, **style)
-    base = matching(points, lr=0)
-    x, y = mean_of(base, "learnt"), float(np.mean([one["kept"][times] for one in base]))
-    axis.annotate("base", (x, y), xytext=(6, 6), textcoords="offset points", fontsize=9)
-    axis.set(xlabel="training loss without memory (to the left: more is learnt)")
-    axis.set(ylabel=f"score at {times} the base's length (up: more is kept)")
-    axis.legend(fontsize=8)
-    save_picture(figure, path)
+def draw_scores(axis, results: dict) -> None:
+    """Scores at each length: a thin line a base, the mean with its interval."""
+    names = {"base": "Base", "mdlm": "Standard\nMDLM", "memdlm_train": "MemDLM"}
+    base, lengths = results["config"]["run"]["length"], distinct(results["niah"], "length")
+    for group, length in enumerate(lengths):
+        rows = [matching(results["niah"], length=length, method=name) for name in names]
+        scores = [list(report.seed_means(row, "score").values()) for row in rows]  # (3, seeds)
+        xs = range(4 * group, 4 * group + 3)
+        axis.plot(xs, scores, color="0.75", linewidth=0.8)
+        for x, name, values in zip(xs, names, scores):
+            mean, half = t_interval(values)
+            axis.errorbar(x, mean, finite(half) or 0, fmt="o", capsize=4, color=COLOURS[name])
+            axis.annotate(f"{mean:.2f}", (x, mean), (7, 3), textcoords="offset points")
+    places = [4 * group + i for group in range(len(lengths)) for i in range(3)]
+    axis.set_xticks(places, [*names.values()] * len(lengths), fontsize=8)
+    axis.margins(x=0.12)
+    texts = " | ".join(f"{length / base:g}x" for length in lengths)
+    axis.set(ylabel="score, mean over four tasks", title=f"Kept: scores at {texts}")
+
+
+def draw_frontier(axis, points: list[dict]) -> None:
+    """Learnt against kept, a small mark a base and a large one their mean. The line joins Standard
+    MDLM's rates; the arrow is what MemDLM keeps more where both have learnt as much."""
+    times, means = "4x" if "4x" in points[0] else list(points[0])[-1], {}
+    for method in distinct(points, "method"):
+        found = matching(points, method=method)
+        learnt, kept = (as_floats(one[key] for one in found) for key in ("learnt", times))
+        means[method] = learnt.mean(), kept.mean()
+        style = {"color": COLOURS.get(method, COLOURS["mdlm"])}
+        axis.scatter(learnt, kept, s=12, alpha=0.45, **style)
+        axis.scatter(*means[method], s=70, zorder=3, **style)
+        beside, side = ((-9, 5), "right") if method == "memdlm_train" else ((6, -14), "left")
+        style |= {"textcoords": "offset points", "fontsize": 8, "ha": side}
+        axis.annotate(title(method), means[method], beside, **style)
+    x, y = means.pop("memdlm_train")
+    standard = sorted(means.values())
+    axis.plot(*zip(*standard), color=COLOURS["mdlm"], linewidth=1, zorder=2)
+    arrow = {"arrowstyle": "->", "color": COLOURS["memdlm"], "linewidth": 1.6}
+    axis.annotate("", (x, y), (x, report.at_equal(standard, x)), arrowprops=arrow)
+    axis.set(xlabel="training loss without a memory (to the left: more is learnt)")
+    axis.set(ylabel=f"score at {times} (up: more is kept)", title="Learnt against kept")
+    axis.margins(x=0.2)
 
 
 def canvas_text(ids: list[int], tokenizer=data.TINY) -> str:
@@ -129,56 +135,95 @@ def short_text(token: int) -> str:
     return canvas_text([token]).replace("<|endoftext|>", "EOS").strip()
 
 
-def draw_memory(view: dict, path: Path) -> None:
-    """The NLL of each token before the inner loop and after each of its stages."""
-    places, stages = np.arange(len(view["tokens"])), len(view["nll"]) - 1
-    figure, [[axis]] = new_figure(1, 1, max(7.5, 0.62 * len(places)), 3.6)
-    names = ["before the inner loop", *(f"after stage {k}" for k in range(1, stages + 1))]
-    names[-1] += ": what the outer step sees"
-    width = 0.8 / len(names)
+def median_view(views: list[dict]) -> dict:
+    """The pair that is shown: of those with five masked words or more, noise among them, the median
+    one by what the inner loop takes off the -log p of its noise words."""
+    long = [one for one in views if len(one["noisy"]) >= 5 and any(one["noisy"])] or views
+    means = [report.word_means([view], True) for view in long]
+    return long[int(np.argsort([nll[0] - nll[-1] for nll in means])[len(long) // 2])]
+
+
+def draw_words(axis, view: dict, names: list[str]) -> None:
+    """One pair, word by word; above it, its answer as each stage sees it."""
     for k, (name, nll) in enumerate(zip(names, view["nll"])):
-        shade = str(0.8 * (1 - k / stages))  # from light gray to black
-        axis.bar(places + (k - stages / 2) * width, nll, width, label=name, color=shade)
-    axis.set_xticks(places, view["tokens"], rotation=45)
+        places = np.arange(len(nll)) + (k - (len(names) - 1) / 2) * 0.8 / len(names)
+        shade = str(0.8 * (1 - k / (len(names) - 1)))  # from light gray to black
+        axis.bar(places, nll, 0.8 / len(names), label=name, color=shade)
+    axis.set_xticks(range(len(view["places"])), [view["answer"][i] for i in view["places"]])
     for label, noisy in zip(axis.get_xticklabels(), view["noisy"]):
         label.set_color("tab:red" if noisy else "black")
-    axis.set(ylabel="-log p of the token", title="The answer of one training pair (red: noise)")
+    lines = ["the median pair, by what its noise words (red) lose"]
+    for k, hidden in enumerate(view["hidden"], 1):
+        words = ("_" if one else word for one, word in zip(hidden, view["answer"]))
+        lines.append(f"stage {k} sees: {' '.join(words)}")
+    axis.set_title("\n".join(lines), fontsize=9)
+    axis.set(ylabel="-log p")
     axis.legend(fontsize=8)
+
+
+def draw_memory(views: list[dict], path: Path) -> None:
+    """Left: mean -log p of noise words and of true ones over the inner loop, with intervals over
+    bases. Right: one pair."""
+    figure, [[left, right]] = new_figure(1, 2, 11, 4.2)
+    stages = len(views[0]["nll"])
+    names = ["before", *(f"after stage {k}" for k in range(1, stages))]
+    for noisy, colour, label in ((True, "tab:red", "noise words"), (False, "0.4", "true words")):
+        seeds = [matching(views, seed=seed) for seed in distinct(views, "seed")]
+        found = [t_interval(k) for k in zip(*(report.word_means(one, noisy) for one in seeds))]
+        means, halves = zip(*((mean, finite(half) or 0) for mean, half in found))
+        style = {"marker": "o", "capsize": 4, "color": colour, "label": label}
+        left.errorbar(range(stages), means, halves, **style)
+    left.set_xticks(range(stages), names)
+    left.set(ylabel="mean -log p of the masked answer words", ylim=(0, None))
+    left.set(title="What the memory takes up: all pairs and bases, t = 0.4")
+    left.legend()
+    draw_words(right, median_view(views), names)
     save_picture(figure, path)
 
 
-def draw_denoising(views: dict[str, list], expected: list[int], path: Path) -> None:
-    """Panels side by side: steps down, places across. In each cell stands the token that is there
-    (white) or is proposed, with its confidence as colour; what the step commits is framed."""
-    steps, places = len(expected), len(expected)
-    figure, [axes] = new_figure(1, len(views), 0.75 * places * len(views), 0.36 * steps + 1.2)
-    for axis, (name, states) in zip(axes, views.items()):
-        grid = [[math.nan] * places for _ in range(steps + 1)]  # the last row: the true answer
-        for row, state in enumerate([*states, None]):
-            for column in range(places):
-                token, style = expected[column], {}
-                if state is not None:
-                    token = state.proposal[column]
-                    if state.before[column] == data.MASK:
-                        grid[row][column] = state.confidence[column]
-                        style["color"] = "white" if state.confidence[column] > 0.7 else "black"
-                    if state.committed[column]:
-                        style["bbox"] = {"edgecolor": "tab:red", "facecolor": "none"}
-                text = short_text(token)
-                axis.text(column, row, text, ha="center", va="center", fontsize=8, **style)
-        image = axis.imshow(grid, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
-        axis.set_yticks(range(steps + 1), [*range(1, steps + 1), "true"])
-        axis.set(title=name, ylabel="step", xticks=[])
-    figure.colorbar(image, ax=axes.tolist(), label="confidence")
-    save_picture(figure, path)
+def draw_states(axis, states: list[list[int]], truth: list[int]) -> None:
+    """States of a denoising, a row each; what a step commits is bold. Under the last one stands the
+    true answer, green where it was found and red where not."""
+    axis.clear()
+    middle, shown = {"ha": "center", "va": "center"}, len(truth) + 1  # a step a token
+    for row, (before, state) in enumerate(zip([states[0], *states], states)):
+        for place, (old, token) in enumerate(zip(before, state)):
+            style = {"color": "0.75" if token == data.MASK else "black", **middle}
+            if old != token:
+                style |= {"color": "tab:blue", "weight": "bold"}
+            axis.text(place, row, short_text(token), **style)
+    right = [ours == true for ours, true in zip(states[-1], truth)]
+    for place, (true, same) in enumerate(zip(truth, right) if len(states) == shown else ()):
+        colour = "tab:green" if same else "tab:red"
+        axis.text(place, shown, short_text(true), color=colour, **middle)
+    axis.set(xlim=(-0.6, len(truth) - 0.4), ylim=(shown + 0.6, -0.6), xticks=[], ylabel="step")
+    axis.set_yticks(range(shown + 1), [*map(str, range(shown)), "true"])
+    told = f": {sum(right)} of {len(truth)} tokens right" if len(states) == shown else ""
+    axis.set_title(f"The base answers its first test question{told}")
 
 
-def draw_pictures(results: dict, views: dict, out: Path) -> None:
-    """All pictures of a run."""
-    draw_memory(views["memory"], out / "memory.png")
-    draw_denoising(views["states"], views["true"], out / "denoising.png")
+def draw_denoising(states: list[list[int]], truth: list[int], out: Path) -> None:
+    """denoising.gif, a step a frame, and its last frame as denoising.png."""
+    from matplotlib.animation import PillowWriter
+
+    figure, [[axis]] = new_figure(1, 1, 0.72 * len(truth) + 0.8, 0.28 * len(states) + 0.9)
+    writer, frames = PillowWriter(fps=2), [*range(1, len(states)), *[len(states)] * 6]
+    with writer.saving(figure, out / "denoising.gif", dpi=80):
+        for shown in frames:  # the last one stays for three seconds
+            draw_states(axis, states[:shown], truth)
+            writer.grab_frame()
+    save_picture(figure, out / "denoising.png")
+
+
+def draw_pictures(results: dict, states: list, truth: list[int], out: Path) -> None:
+    """All pictures of a run. states, truth: a denoising, and the answer expected."""
+    figure, [[left, right]] = new_figure(1, 2, 10.5, 4.2)
+    draw_scores(left, results)
+    draw_frontier(right, results["frontier"])
+    save_picture(figure, out / "result.png")
+    draw_memory(results["memory"], out / "memory.png")
+    draw_denoising(states, truth, out)
     shown = ("base", "mdlm", "memdlm_train", "memdlm_train_inference")
     bias = [one for one in results["exposure_bias"] if one["method"] in shown]
     draw_exposure(bias, out / "exposure_bias.png")
     draw_losses(results["loss"], out / "loss.png")
-    draw_frontier(results["frontier"], out / "frontier.png")

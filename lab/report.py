@@ -1,16 +1,16 @@
 """
-report.py: what a run's records say: statistics over seeds and draws, and tables.
+report.py: what the records of a run say: statistics over seeds, sentences, tables.
 
-  frontier       learnt: the training loss without a memory; kept: the score. A lower rate learns
-                 less and keeps more, so methods are compared at equal learnt loss
-  unit           (seed, draw): a base, and a fine-tuning set; intervals are over units
+Each seed has a base and a fine-tuning set of its own; intervals are 95% t-intervals over seeds.
+*Learnt* is the training loss without a memory, *kept* the score: what is left of what the base
+could do. A lower rate learns less and keeps more, so methods are compared at equal learnt loss.
 
 Reading list: learning and forgetting with LoRA, Biderman et al. 2024, arXiv 2405.09673.
 """
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from itertools import product
 
 import numpy as np
 
@@ -18,30 +18,18 @@ from eval_niah import exposure_ratio
 from lab.tools import finite
 from lab.training import LOSSES, arms
 
-
-class Row(NamedTuple):
-    """A line of the tables."""
-
-    title: str
-    checkpoint: str
-    memory: bool  # whether prompts are written into the weights
-
-
 # The rows of Table 1, and two controls: a memory for models that were not trained with one.
-ROWS = {
-    "base": Row("Base", "base", False),
-    "mdlm": Row("Standard MDLM", "mdlm", False),
-    "memdlm_train": Row("MemDLM (Train-Only)", "memdlm", False),
-    "base_inference": Row("Base, memory at inference", "base", True),
-    "mdlm_inference": Row("Standard MDLM, memory at inference", "mdlm", True),
-    "memdlm_train_inference": Row("MemDLM (Train & Inference)", "memdlm", True),
+TITLES = {
+    "base": "Base",
+    "mdlm": "Standard MDLM",
+    "memdlm_train": "MemDLM (Train-Only)",
+    "base_inference": "Base, memory at inference",
+    "mdlm_inference": "Standard MDLM, memory at inference",
+    "memdlm_train_inference": "MemDLM (Train & Inference)",
 }
-
-
-def rows_of(config: dict) -> dict[str, Row]:
-    """The rows of a run: ROWS, and Standard MDLM at the rates of its control."""
-    controls = [name for name in arms(config) if name not in ("mdlm", "memdlm")]
-    return ROWS | {name: Row(title(name), name, False) for name in controls}
+# The row of a checkpoint without a memory, and that with one.
+PLAIN = {"base": "base", "mdlm": "mdlm", "memdlm": "memdlm_train"}
+WITH_MEMORY = {name: f"{row}_inference" for name, row in PLAIN.items()}
 
 
 def title(method: str) -> str:
@@ -49,7 +37,7 @@ def title(method: str) -> str:
     "memdlm_train_inference@0.4" a row at one of several anchor ratios."""
     name, _, ratio = method.partition("@")
     name, _, rate = name.partition("-")
-    text = ROWS[name].title + (f", rate {rate}" if rate else "")
+    text = TITLES[name] + (f", rate {rate}" if rate else "")
     return text + (f", anchor ratio {ratio}" if ratio else "")
 
 
@@ -76,17 +64,10 @@ def mean_of(records: list[dict], key: str) -> float:
     return float(as_floats(one[key] for one in records).mean()) if records else math.nan
 
 
-def by_unit(records: list[dict]) -> dict[tuple, list[dict]]:
-    """(seed, draw) -> its records. What has no draws, a real checkpoint, has draw 0 alone."""
-    units: dict[tuple, list[dict]] = {}
-    for one in records:
-        units.setdefault((one["seed"], one.get("draw", 0)), []).append(one)
-    return units
-
-
-def unit_means(records: list[dict], key: str) -> dict[tuple, float]:
-    """(seed, draw) -> the mean of a field over all that the unit has."""
-    return {unit: mean_of(found, key) for unit, found in by_unit(records).items()}
+def seed_means(records: list[dict], key: str) -> dict[int, float]:
+    """Seed -> the mean of a field over all that the seed has."""
+    seeds = distinct(records, "seed")
+    return {seed: mean_of(matching(records, seed=seed), key) for seed in seeds}
 
 
 def bias_records(curves: dict[str, list], plain: dict[str, str]) -> list[dict]:
@@ -96,6 +77,7 @@ def bias_records(curves: dict[str, list], plain: dict[str, str]) -> list[dict]:
         ratios = exposure_ratio(curve, curves[plain[method]])
         for (mask_ratio, static, sequential), ratio in zip(curve, ratios):
             values = {"static": static, "sequential": sequential, "ratio": ratio}
+            values["gap"] = sequential - static
             record = {"method": method, "mask_ratio": mask_ratio}
             records.append(record | {key: finite(value) for key, value in values.items()})
     return records
@@ -104,7 +86,6 @@ def bias_records(curves: dict[str, list], plain: dict[str, str]) -> list[dict]:
 # ---- statistics ----------------------------------------------------------------------------------
 # 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
-T_QUANTILES += (2.160, 2.145)
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -122,69 +103,46 @@ def at_equal(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 def frontier_of(results: dict, config: dict) -> list[dict]:
-    """What each fine-tuning has learnt, the training loss without a memory, and what it has kept of
-    the base (Fig. 5), its scores: {"method", "lr", "draw", "seed", "learnt", "kept": {"1x": score,
-    ...}}. The base is Standard MDLM at rate 0."""
-    points, scores = [], by_unit(results["niah"])
-    for (seed, draw), logged in by_unit(results["loss"]).items():
+    """What each model has learnt, the training loss without a memory, and what it has kept of the
+    base (Fig. 5), its scores: {"method": row, "seed", "learnt", "1x": score, "4x": score, ...}."""
+    points = []
+    for seed, name in product(distinct(results["loss"], "seed"), ("base", *arms(config))):
         # Of the base, the loss is what Standard MDLM's log says before its first step.
-        ends = [("base", "mdlm", 0.0, matching(logged, method="mdlm")[0])]
-        for name, (method, rate) in arms(config).items():
-            row = "memdlm_train" if name == "memdlm" else name
-            ends.append((row, method, rate, matching(logged, method=name)[-1]))
-        for row, method, rate, loss in ends:
-            scored, kept = matching(scores[seed, draw], method=row), {}
-            for length in distinct(scored, "length"):
-                times = f"{length / config['length']:g}x"
-                kept[times] = mean_of(matching(scored, length=length), "score")
-            point = {"method": method, "lr": rate, "draw": draw, "seed": seed}
-            points.append(point | {"learnt": loss["train_without_memory"], "kept": kept})
+        logged = matching(results["loss"], seed=seed, method="mdlm" if name == "base" else name)
+        point, kept = {"method": PLAIN.get(name, name), "seed": seed}, {}
+        for length in distinct(results["niah"], "length"):
+            scored = matching(results["niah"], length=length, **point)
+            kept[f"{length / config['length']:g}x"] = mean_of(scored, "score")
+        learnt = logged[0 if name == "base" else -1]["train_without_memory"]
+        [cost] = matching(results["training"], seed=seed, name=name)
+        if cost["skipped_updates"] >= config["steps"] > 0:  # it is still the base, whatever it says
+            learnt = None
+        points.append(point | {"learnt": learnt, **kept})
     return points
 
 
-def gains_at_equal_loss(points: list[dict], times: str) -> dict[tuple, float]:
-    """(seed, draw) -> MemDLM's score minus that of Standard MDLM where it has learnt as much. A
-    unit with a loss that is no number is left out."""
-    gains = {}
-    for unit, found in by_unit(points).items():
-        standard = [(one["learnt"], one["kept"][times]) for one in matching(found, method="mdlm")]
-        [ours] = matching(found, method="memdlm")
-        if None not in (ours["learnt"], *(learnt for learnt, _ in standard)):
-            gains[unit] = ours["kept"][times] - at_equal(standard, ours["learnt"])
-    return gains
+def comparisons(points: list[dict], times: str = "4x") -> dict[str, dict]:
+    """MemDLM (Train-Only) against Standard MDLM: {name: {"values": one a seed, "difference": their
+    mean, "ci95": its interval}}. "equal_loss" was chosen beforehand, at 4x: the difference where
+    Standard MDLM has learnt as much. "equal_rate": the difference at one learning rate; of it
+    "lower_rate" is what Standard MDLM gains by a rate at which it learns as little, and equal_loss
+    is the rest. A seed with a loss that is no number is left out; {}, where no seed is left."""
+    gains, found = [], {}
+    for seed in distinct(points, "seed") if times in points[0] else []:
+        ours = matching(points, seed=seed)
+        models = {one["method"]: (one["learnt"], one[times]) for one in ours}
+        if None not in [learnt for learnt, _ in models.values()]:
+            (learnt, score), (_, same) = models.pop("memdlm_train"), models["mdlm"]
+            lower = at_equal(list(models.values()), learnt)  # the base is Standard MDLM at rate 0
+            gains.append((score - same, lower - same, score - lower))
+    for name, values in zip(("equal_rate", "lower_rate", "equal_loss"), zip(*gains)):
+        mean, half = t_interval(values)
+        ci95 = [mean - half, mean + half] if math.isfinite(half) else None
+        found[name] = {"values": list(values), "difference": mean, "ci95": ci95}
+    return found
 
 
-def headline_of(points: list[dict], times: str = "4x") -> dict | None:
-    """The one comparison that was chosen beforehand: Train-Only minus Standard MDLM at equal learnt
-    loss. Its interval is over draws; the verdict goes by the means of bases, since draws of one
-    base are not independent. None where there is no score at that length, or no loss."""
-    gains = gains_at_equal_loss(points, times) if times in points[0]["kept"] else {}
-    if not gains:
-        return None
-    mean, half = t_interval(list(gains.values()))
-    interval = [mean - half, mean + half] if math.isfinite(half) else None
-    bases: dict[int, list[float]] = {}
-    for (seed, _), gain in gains.items():
-        bases.setdefault(seed, []).append(gain)
-    by_base = [float(np.mean(found)) for found in bases.values()]
-    text = f"MemDLM (Train-Only) minus Standard MDLM at equal learnt loss, {times}: "
-    text += difference_text(list(gains.values()))
-    text += f", {len(gains)} of {len(by_unit(points))} draws; by base "
-    text += f"{difference_text(by_base)}, n = {len(by_base)}: {verdict_on(by_base)}."
-    return {"difference": mean, "ci95": interval, "n": len(gains), "text": text}
-
-
-def verdict_on(gains: list[float]) -> str:
-    """What the 95% interval of the gains of independent bases allows to say."""
-    mean, half = t_interval(gains)
-    if not math.isfinite(half):
-        return "one base decides nothing"
-    if mean - half > 0:
-        return "the memory is more than a lower rate"
-    return "a lower rate does better" if mean + half < 0 else "no difference is shown"
-
-
-# ---- tables --------------------------------------------------------------------------------------
+# ---- sentences and tables ------------------------------------------------------------------------
 
 
 def number_text(value: float, digits: int = 2) -> str:
@@ -193,16 +151,46 @@ def number_text(value: float, digits: int = 2) -> str:
 
 
 def interval_text(values: Iterable[float]) -> str:
-    """0.183 ± 0.081, the 95% t-interval over units; the value alone where there is one."""
+    """0.183 ± 0.081, the 95% t-interval over seeds; the value alone where there is one."""
     mean, half = t_interval(list(values))
     return number_text(mean, 3) + (f" ± {half:.3f}" if math.isfinite(half) else "")
 
 
 def difference_text(values: Sequence[float]) -> str:
-    """+0.183 [+0.102, +0.264], a mean difference and its 95% t-interval over units."""
+    """+0.183 [+0.102, +0.264], a mean difference and its 95% t-interval over seeds."""
     mean, half = t_interval(values) if values else (math.nan, math.inf)
     interval = f" [{mean - half:+.3f}, {mean + half:+.3f}]" if math.isfinite(half) else ""
     return f"{mean:+.3f}{interval}" if math.isfinite(mean) else "-"
+
+
+def sentences(found: dict[str, dict]) -> str:
+    """The comparisons in words, and what the interval of the last one allows to say."""
+    if not found:
+        return "Nothing can be compared: there is no score at 4x, or no finite loss."
+    rate, lower, rest = (difference_text(one["values"]) for one in found.values())
+    n, (low, high) = len(found["equal_loss"]["values"]), found["equal_loss"]["ci95"] or (0, 0)
+    verdict = "no difference is shown" if n > 1 else "one base decides nothing"
+    if low > 0 or high < 0:
+        verdict = "the memory is more than a lower rate" if low > 0 else "a lower rate does better"
+    return (
+        f"At the same learning rate MemDLM scores {rate} more than Standard MDLM at 4x.\n"
+        f"A lower rate, at which Standard MDLM learns as little, gives {lower} of this as well;\n"
+        f"the rest, at equal learnt loss, is {rest}, n = {n}: {verdict}."
+    )
+
+
+def word_means(views: list[dict], noisy: bool) -> list[float]:
+    """The mean -log p of the masked words that are noise, or not, before and after each stage."""
+    stages = range(len(views[0]["nll"]))
+    words = [(one["nll"], i) for one in views for i, n in enumerate(one["noisy"]) if n == noisy]
+    return [float(np.mean([nll[k][i] for nll, i in words])) if words else math.nan for k in stages]
+
+
+def memory_text(views: list[dict]) -> str:
+    """What the inner loop takes up of noise words and of true ones."""
+    noise, true = (" -> ".join(map(number_text, word_means(views, n))) for n in (True, False))
+    what = f"noise words {noise}, true words {true}"
+    return f"Mean -log p before the inner loop and after each stage: {what}"
 
 
 def markdown(header: list, rows: list[list]) -> str:
@@ -211,79 +199,68 @@ def markdown(header: list, rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def main_table(results: dict) -> str:
+    """Learnt and kept by row; in the last row, with the longest prompts written."""
+    points, length = results["frontier"], results["config"]["run"]["length"]
+    keys, written = [key for key in points[0] if key not in ("method", "seed")], []
+    for one in matching(results["niah"], method="memdlm_train_inference"):
+        score = {f"{one['length'] / length:g}x": one["score"]}
+        written.append(dict.fromkeys(keys) | one | score)
+    return interval_table(["mean score over four tasks", *keys], [*points, *written], keys)
+
+
+def summary(results: dict) -> str:
+    """What a run prints when it ends."""
+    parts = [memory_text(results["memory"]), main_table(results), sentences(results["comparisons"])]
+    for one in results["training"]:
+        if one["skipped_updates"]:
+            who = f"{one['name']} of seed {one['seed']}"
+            parts.append(f"{who}: {one['skipped_updates']} updates skipped, being not finite.")
+    return "\n\n".join(parts)
+
+
 def score_table(records: list[dict]) -> str:
-    """Tables 1 and 2: each row's score, the mean over units, by length and task; and over tasks."""
+    """Tables 1 and 2: each row's score, the mean over seeds, by length and task; and over tasks."""
     tasks, lengths = distinct(records, "task"), distinct(records, "length")
     header = ["method", *(f"{task} {length}" for length in lengths for task in tasks)]
     header += [f"mean {length}" for length in lengths]
     rows = []
     for method in distinct(records, "method"):
-        cells, means = [], []
-        for length in lengths:
-            found = matching(records, method=method, length=length)
-            scores = [mean_of(matching(found, task=task), "score") for task in tasks]
-            cells += map(number_text, scores)
-            means.append(f"**{number_text(float(np.mean(scores)), 3)}**")
-        rows.append([title(method), *cells, *means])
+        found = [matching(records, method=method, length=length) for length in lengths]
+        scores = [[mean_of(matching(part, task=task), "score") for task in tasks] for part in found]
+        means = [f"**{number_text(float(np.mean(part)), 3)}**" for part in scores]
+        rows.append([title(method), *(number_text(one) for part in scores for one in part), *means])
     return markdown(header, rows)
 
 
-def differences(records: list[dict], better: str, worse: str, length: int) -> dict[tuple, float]:
-    """(seed, draw) -> row `better` minus row `worse`, the mean over tasks, where both are there."""
-    ours = unit_means(matching(records, method=better, length=length), "score")
-    theirs = unit_means(matching(records, method=worse, length=length), "score")
-    return {unit: score - theirs[unit] for unit, score in ours.items() if unit in theirs}
-
-
-# The paper's claims at equal rate; what a memory at inference gains on each model; and whether it
-# gains more on the model that was trained with one: pairs of rows, or of pairs of rows.
-GAINS = [("base_inference", "base"), ("mdlm_inference", "mdlm")]
-GAINS += [("memdlm_train_inference", "memdlm_train")]
-DIFFERENCES = [("memdlm_train", "mdlm"), *GAINS]
+# The paper's claims at equal rate, against the base, and what a memory at inference gains.
+DIFFERENCES = [("memdlm_train", "mdlm"), ("mdlm", "base"), ("memdlm_train", "base")]
+DIFFERENCES += [("base_inference", "base"), ("mdlm_inference", "mdlm")]
+DIFFERENCES += [("memdlm_train_inference", "memdlm_train")]
 
 
 def difference_table(results: dict) -> str:
-    """Differences of rows at each length, paired by unit, with their 95% intervals."""
+    """Differences of rows at each length, paired by seed, with their 95% intervals."""
     records, rows = results["niah"], []
     lengths, there = distinct(records, "length"), distinct(records, "method")
-    for better, worse in DIFFERENCES:
-        if better in there and worse in there:
-            pairs = [differences(records, better, worse, length) for length in lengths]
-            cells = [difference_text(list(found.values())) for found in pairs]
-            rows.append([f"{title(better)} minus {title(worse)}", *cells])
-    ours = GAINS[-1]
-    for other in GAINS[:-1]:
-        if {*ours, *other} <= set(there):
+    for pair in DIFFERENCES:
+        if {*pair} <= {*there}:
             cells = []
             for length in lengths:
-                gains = [differences(records, *pair, length) for pair in (ours, other)]
-                cells.append(difference_text([gains[0][u] - gains[1][u] for u in gains[0]]))
-            rows.append([f"gain by writing: {title(ours[1])} minus {title(other[1])}", *cells])
-    header = ["difference, mean over tasks", *lengths]
-    return markdown(header, rows) if rows else ""
-
-
-def frontier_table(points: list[dict]) -> str:
-    """Learnt and kept by method and rate; then their difference at equal learnt loss."""
-    lengths, rows = list(points[0]["kept"]), []
-    order = dict.fromkeys((one["method"], one["lr"]) for one in points)
-    for method, rate in sorted(order, key=lambda pair: (pair[0] == "memdlm", -pair[1])):
-        found = matching(points, method=method, lr=rate)
-        cells = [interval_text(as_floats(one["learnt"] for one in found))]
-        cells += [interval_text(one["kept"][times] for one in found) for times in lengths]
-        name = f"{title('memdlm_train' if method == 'memdlm' else method)}, rate {rate:g}"
-        rows.append([name if rate else title("base"), *cells])
-    gains = [list(gains_at_equal_loss(points, times).values()) for times in lengths]
-    rows.append(["difference at equal learnt loss", "", *map(difference_text, gains)])
-    return markdown(["frontier", "learnt (training loss)", *(f"kept {x}" for x in lengths)], rows)
+                found = [matching(records, method=method, length=length) for method in pair]
+                ours, theirs = (seed_means(part, "score") for part in found)
+                gains = [score - theirs[seed] for seed, score in ours.items() if seed in theirs]
+                cells.append(difference_text(gains))
+            rows.append([" minus ".join(map(title, pair)), *cells])
+    return markdown(["difference, mean over tasks", *lengths], rows) if rows else ""
 
 
 def interval_table(header: list, records: list[dict], keys: Sequence[str], name=title) -> str:
-    """The mean of some fields for each row, with 95% t-intervals over units."""
+    """The mean of some fields for each row, with 95% t-intervals over seeds."""
     rows = []
     for method in distinct(records, "method"):
         found = matching(records, method=method)
-        cells = [interval_text(unit_means(found, key).values()) for key in keys]
+        cells = [interval_text(seed_means(found, key).values()) for key in keys]
         rows.append([name(method), *cells])
     return markdown(header, rows)
 
@@ -291,47 +268,22 @@ def interval_table(header: list, records: list[dict], keys: Sequence[str], name=
 def exposure_table(records: list[dict]) -> str:
     """Means over the mask ratios below 1, where the two states differ. As a ratio R_EB rewards a
     bad static loss: the gap beside it does not."""
-    later = []
-    for one in records:
-        static, sequential = as_floats([one["static"], one["sequential"]])
-        if one["mask_ratio"] < 1:
-            later.append(one | {"gap": sequential - static})
+    later = [one for one in records if one["mask_ratio"] < 1]
     header = ["exposure bias", "L_static", "L_seq", "L_seq - L_static", "R_EB"]
     return interval_table(header, later, ("static", "sequential", "gap", "ratio"))
 
 
-def sequential_at_equal_static(records: list[dict]) -> str:
-    """L_seq of MemDLM minus that of Standard MDLM where its static loss is the same, interpolated
-    over the rates: which method is hurt less by its own mistakes?"""
-    later, gains = [one for one in records if one["mask_ratio"] < 1], []
-    for found in by_unit(later).values():
-        means = {}
-        for method in distinct(found, "method"):
-            rows = matching(found, method=method)
-            means[method] = mean_of(rows, "static"), mean_of(rows, "sequential")
-        static, sequential = means["memdlm_train"]
-        # Standard MDLM without a memory, at any rate: the base has rate 0.
-        names = [name for name in means if name == "base" or name.partition("-")[0] == "mdlm"]
-        standard = [means[name] for name in names]
-        gains.append(sequential - at_equal(standard, static))
-    return f"L_seq, Train-Only minus Standard MDLM at equal L_static: {difference_text(gains)}"
-
-
 def report(results: dict) -> str:
-    """All tables of a run, as markdown. Intervals are 95% t-intervals over seeds and draws."""
+    """All tables of a run, as markdown."""
     where = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
-    seeds, units = distinct(results["niah"], "seed"), by_unit(results["niah"])
-    n, rule = results["niah"][0]["n"], results["config"]["evaluation"]["write"]
-    head = f"Seeds {seeds}, {len(units)} draws, {n} examples a cell; {where}; "
-    head += f"prompts are written by {rule}, for the first draws of a seed alone."
-    tables = [head, difference_table(results)]
+    seeds, n = distinct(results["niah"], "seed"), results["niah"][0]["n"]
+    rule = results["config"]["evaluation"]["write"]
+    head = f"Seeds {seeds}, {n} answers a task and length; {where}; prompts are written by {rule}."
+    tables = [head, summary(results), difference_table(results)]
     for length in distinct(results["niah"], "length"):
         tables.append(score_table(matching(results["niah"], length=length)))
     tables.append(exposure_table(results["exposure_bias"]))
-    tables.append(sequential_at_equal_static(results["exposure_bias"]))
     header = ["last step", "train, with memory (leaks)", "train, without", "held out, without"]
     final = matching(results["loss"], step=max(distinct(results["loss"], "step")))
-    tables += [interval_table(header, final, LOSSES, str), frontier_table(results["frontier"])]
-    if results["headline"]:
-        tables.append("**" + results["headline"]["text"] + "**")
+    tables.append(interval_table(header, final, LOSSES, lambda name: title(PLAIN.get(name, name))))
     return "\n\n".join(tables)

@@ -1,13 +1,18 @@
 """
-tiny.py: `memdlm.py --tiny`, the experiment on a laptop: train a base and fine-tune it by both
-methods (training.py), then score what has come of it (evaluate.py).
+tiny.py: `memdlm.py --tiny`, the experiment on a laptop. From each base, shipped or made here by
+--pretrain, both methods are fine-tuned (training.py), and what comes of it is scored (evaluate.py).
 """
 
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
 import data
-from lab import evaluate
+from lab import evaluate, tools, training
 from lab.tools import Parser, real, run_flags, whole
-from lab.training import run_tiny
 from lab.variants import loop_flags
+from model import UserError
 
 # What `--tiny` changes of the paper's settings, for a small model on a small set.
 TINY_SETTINGS = {"steps": 150, "batch": 8, "lr": 5e-4, "memory_rank": 8, "memory_alpha": 16.0}
@@ -18,23 +23,20 @@ def build_parser() -> Parser:
     """The flags of --tiny."""
     parser = Parser("Trains Standard MDLM and MemDLM. --backbone NAME --help: a real checkpoint.")
     flag = parser.add_argument
-    what = "pretrain a small base, fine-tune it by both methods, compare (or: --backbone NAME)"
-    flag("--tiny", action="store_true", required=True, help=what)
+    flag("--tiny", action="store_true", required=True, help="small bases (or: --backbone NAME)")
     flag("--out", default="runs/tiny", help="folder for everything that is written")
-    flag("--seeds", type=whole(1), default=1, help="how many seeds to run, from --seed on")
-    flag("--draws", type=whole(1), default=3, help="fine-tuning sets for each of their bases")
-    lower = "lower rates at which Standard MDLM is fine-tuned, too: its control"
-    flag("--control-lr", type=real(0), nargs="*", default=[8e-5], help=lower)
-    flag("--bases", help="folder of a run whose finished bases are used")
+    flag("--seeds", type=whole(1), default=5, help="how many seeds to run, from --seed on")
+    flag("--bases", default=str(training.SHIPPED), help="folder of their bases, such as a run's")
+    flag("--pretrain", action="store_true", help="make the bases here, from nothing")
+    flag("--control-lr", type=real(0), nargs="*", default=[8e-5], help="lower rates, by MDLM only")
     flag("--examples", type=whole(4), default=32, help="size of the fine-tuning set, by 4 tasks")
-    flag("--noise", type=real(0, 1), default=0.5, help="share of its answer words made random")
-    new = "in the words of pretraining, or in new ones: a skill that must be learnt"
-    flag("--wording", choices=data.WORDINGS, default="old", help=f"questions {new}")
+    flag("--noise", type=real(0, 1), default=0.5, help="share of its answer words drawn anew")
+    flag("--wording", choices=data.WORDINGS, default="old", help="questions as in pretraining?")
     flag("--length", type=whole(64, 1024), default=96, help="tokens of a pretraining example, 1x")
     flag("--stretch", type=whole(1, 16), default=3, help="a fine-tuning example is so many x long")
-    flag("--pretrain-steps", type=whole(1), default=2400, help="steps of the base")
-    flag("--pretrain-batch", type=whole(4), default=64, help="sequences in each, 4 tasks")
-    flag("--pretrain-lr", type=real(0), default=4e-3, help="peak learning rate of the base")
+    flag("--pretrain-steps", type=whole(1), default=1920, help="steps of a base")
+    flag("--pretrain-batch", type=whole(4), default=44, help="sequences in each, 4 tasks")
+    flag("--pretrain-lr", type=real(0), default=4e-3, help="peak learning rate of a base")
     flag("--student", help="a file whose functions replace the method's: exercises/README.md")
     run_flags(flag)
     loop_flags(flag)
@@ -42,10 +44,37 @@ def build_parser() -> Parser:
     return parser
 
 
-def run(arguments: list[str], student: str | None = None) -> None:
-    """Trains, then hands its folder to the evaluation. student: the record of a student's code
-    that is plugged in (exercises/plug.py), kept among the run's settings."""
-    args = build_parser().parse_args(arguments)
+def begin(args, config: dict) -> None:
+    """Notes the settings of a run and puts the bases in place that are not to be made here. What
+    cannot work is refused before any work."""
+    out, names = Path(args.out), [f"{rate:g}" for rate in (*args.control_lr, args.lr)]
+    if len(set(names)) < len(names) or not all(0 < rate < args.lr for rate in args.control_lr):
+        raise UserError("--control-lr: give different rates above 0 and below --lr, or none.")
+    tools.start_run(out, config, args.resume)
+    for seed, name in evaluate.models_of(config):
+        path = training.checkpoint_path(out, seed, name)
+        if path.exists():
+            _, meta = tools.load_checkpoint(path)
+            tools.check_identity(path, meta, training.identity_of(config, seed, name))
+        elif name == "base" and not args.pretrain:
+            tools.save_checkpoint(path, *training.find_base(config, Path(args.bases), seed))
+
+
+def run(arguments: list[str], student: str | None = None, prepare=None) -> None:
+    """Trains, then evaluates. student: the record of a student's code (exercises/plug.py), kept
+    among the run's settings; prepare: what plugs it in, in each process."""
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if args.pretrain:
+        parser.refuse(args, ["bases"], "has no effect beside --pretrain")
     args.student = student
-    run_tiny(args)
-    evaluate.run(["--run", args.out, "--device", args.device])
+    config, device = tools.settings(args), tools.pick_device(args.device)
+    begin(args, config)
+    asked, _ = evaluate.parse(["--run", args.out, "--device", device])
+    train = partial(training.train_job, Path(args.out), config, device, args.save_every)
+    do = partial(evaluate.measure, asked, config, device, train)
+    with training.workers(device, prepare) as each:
+        if args.pretrain:
+            bases = [job for job in evaluate.models_of(config) if job[1] == "base"]
+            list(tqdm(each(train, bases), "bases", total=len(bases), delay=2))
+        evaluate.work_through(each, do, asked, config, device)

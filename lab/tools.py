@@ -256,7 +256,7 @@ def kept(path: Path, identity: dict, make: Callable[[], dict]) -> dict:
 
 def settings(args: argparse.Namespace) -> dict:
     """Every flag that decides the numbers. Where the run lies and how often it saves do not."""
-    elsewhere = ("out", "resume", "bases", "save_every", "device")
+    elsewhere = ("run", "out", "resume", "bases", "pretrain", "save_every", "device")
     return {name: value for name, value in sorted(vars(args).items()) if name not in elsewhere}
 
 
@@ -284,12 +284,12 @@ def read_config(out: Path, dial: str = "tiny") -> dict:
     return config
 
 
-def check_identity(path: Path, meta: dict, wanted: dict) -> None:
+def check_identity(path, meta: dict, wanted: dict, advice: str = "name another folder") -> None:
     """Refuses a checkpoint that was trained under other settings."""
     for key, value in wanted.items():
         if meta["identity"].get(key) != value:
             known = f"{key} {meta['identity'].get(key)}, not {value}"
-            raise UserError(f"{path} was trained with {known}: name another folder.")
+            raise UserError(f"{path} was trained with {known}: {advice}.")
 
 
 def save_state(path: Path, model: Transformer, optimizer, meta: dict, theta_only: bool) -> None:
@@ -327,8 +327,9 @@ def machine(device: str, dtype: str = "float32") -> dict:
 
 
 def peak_memory(device: str) -> float:
-    """GiB: the process's largest resident size, or on a GPU the most that torch had allocated."""
+    """GiB: the largest process's resident size, or on a GPU the most that torch had allocated."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    kinds = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    peak = max(resource.getrusage(kind).ru_maxrss for kind in kinds)
     return peak / (2**30 if sys.platform == "darwin" else 2**20)

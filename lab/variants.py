@@ -36,8 +36,7 @@ def chain(masks: list[Tensor], maskable: Tensor) -> list[Stage]:
 
 def consistent(anchor: Anchor, maskable: Tensor, memory: Memory, generator, steps: int) -> list:
     """Fig. 9: the paper's trajectory (published name: pmc) for any K. K = 1 is stage 1 alone. K > 2
-    inserts nested states, each revealing an even share, rounded up, of what is left (Fig. 11).
-    """
+    inserts nested states, each revealing an even share, rounded up, of what is left (Fig. 11)."""
     pre, last = two_stages(anchor, maskable, memory, generator)
     if steps <= 2:
         return [pre, last] if steps == 2 else [pre._replace(following=None)]
@@ -80,9 +79,9 @@ def inconsistent(anchor, maskable, memory, generator, steps: int) -> list[Stage]
     return [s._replace(weight=weight) for s, weight in zip(chain(masks, maskable), weights)]
 
 
-def newly_revealed(states, *draw, **options) -> list[Stage]:
+def newly_revealed(states, *given, **options) -> list[Stage]:
     """Eq. 7 read literally: a stage's loss is at the tokens that the next state reveals."""
-    stages = states(*draw, **options)
+    stages = states(*given, **options)
     shown = [None if s.following is None else s.masked & ~s.following for s in stages]
     return [s if new is None else s._replace(scored=new) for s, new in zip(stages, shown)]
 
@@ -134,8 +133,8 @@ def global_norm(grads) -> list[Tensor]:
 def surprise_rule(model, prompts, write, generators, window=96, share=0.3, passes=8) -> tuple:
     """Ours, not the paper's: write what the model could not have guessed, in windows as long as the
     examples it was trained on. Each token is scored with a quarter of its window masked, and the
-    most surprising `share` of the prompt is written in two complementary halves, at most twice a
-    window: written more often, a short prompt spoils its answer (README, FAQ)."""
+    most surprising `share` of the prompt is written in two complementary halves: at most twice a
+    window, and a single window once. Written more often, a short prompt spoils its answer."""
     windows = cut_windows(prompts, window)  # (B * n, W)
     surprise = token_surprise(model, windows).view(len(prompts), -1)  # (B, n * W)
     order = surprise.argsort(dim=1, descending=True, stable=True)
@@ -147,7 +146,8 @@ def surprise_rule(model, prompts, write, generators, window=96, share=0.3, passe
     for mask in ((chosen & half).view_as(windows), (chosen & ~half).view_as(windows)):
         h = memdlm.prefix(model, batch, mask, write.memory)
         stages.append(stage_of(mask, batch.maskable)._replace(h=h))
-    return windows, stages * min(passes, MOST_PASSES * len(windows) // len(prompts))
+    count = len(windows) // len(prompts)
+    return windows, stages * min(passes, MOST_PASSES * count if count > 1 else 1)
 
 
 def cut_windows(prompts: Tensor, window: int) -> Tensor:
@@ -187,7 +187,7 @@ CHOICES: dict[str, dict[str, dict]] = {
     "clip_by": {"tensor": {}, "global": {"norms": global_norm}},
 }
 NUMBERS = ("rank", "alpha", "lr", "clip", "fraction", "epochs", "start_scale")  # of Memory
-MOST_PASSES = 2  # of our rule, for each window of a prompt
+MOST_PASSES = 2  # of our rule, for each of several windows
 WRITE_RULES = ("paper", "surprise")
 
 
@@ -266,7 +266,7 @@ def write_flags(flag: Callable) -> None:
     flag("--write", choices=WRITE_RULES, default="surprise", help="rule [paper, Sec. 4.5]")
     flag("--write-lr", type=real(0), default=0.5, help="its step size [0.1, Sec. 4.5]")
     flag("--write-rank", type=whole(1), default=32, help="rank of its fast weights [32, Sec. 4.1]")
-    flag("--write-passes", type=whole(1), default=8, help="passes; ours: 2 a window at most [1]")
+    flag("--write-passes", type=whole(1), default=8, help="passes [1]; ours: 2 a window at most")
     flag("--anchor-ratio", type=real(0.01, 1), default=0.2, help="of rule paper [0.2, Sec. 4.5]")
 
 

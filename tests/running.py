@@ -21,22 +21,24 @@ from safetensors.torch import load_file
 import data
 import memdlm
 from lab import ask, evaluate, tiny, tools, training
+from lab.training import checkpoint_path
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "--tiny --pretrain-steps 4 --pretrain-batch 4 --steps 3 --examples 4 --batch 2 --length 64 "
-    "--stretch 1 --draws 1 --control-lr --save-every 2 --device cpu"
+    "--stretch 1 --seeds 1 --control-lr --save-every 2 --device cpu"
 ).split()
-SEVERAL = "--seeds 2 --draws 2 --control-lr 1e-4".split()  # of the run that most tests read
-ASKED = "--samples 2 --lengths 64 --memory-lengths 64 --tasks cwe --bias-steps 2".split()
-ASKED += ["--write-passes", "1"]
+SEVERAL = "--seeds 2 --control-lr 1e-4".split()  # of the run that most tests read
+ASKED = "--samples 2 --lengths 64 --tasks cwe --bias-steps 2 --write-passes 1".split()
+ASKED += "--memory-models base mdlm memdlm".split()
 NAMES = ("base", "mdlm", "memdlm")
 PROMPT = "river holds 47. Question: what does river hold? Answer:"
 
 
 def train(*arguments) -> None:
     """The training of `memdlm.py --tiny` with TINY's settings; a later flag replaces an earlier.
-    Losses are measured on 4 examples: measuring 64 would be most of the work of so short a run."""
+    Bases are made, unless --bases says where they are. Losses are measured on 4 examples: measuring
+    64 would be most of the work of so short a run."""
     measure_losses = training.measure_losses
 
     def measure_four(model, train_set: list, held_out: list, *rest, repeats: int) -> dict:
@@ -44,8 +46,16 @@ def train(*arguments) -> None:
         few = [[data.Batch(part.x0[:4], part.maskable[:4], None)] for part in parts]
         return measure_losses(model, *few, *rest)
 
-    with mock.patch.object(training, "measure_losses", measure_four):
-        training.run_tiny(tiny.build_parser().parse_args([*TINY, *map(str, arguments)]))
+    def train_alone(each, do: partial, args, config: dict, device: str) -> None:
+        *_, train_one = do.args
+        for job in evaluate.models_of(config):
+            train_one(job)
+
+    bases = [] if "--bases" in arguments else ["--pretrain"]
+    losses = mock.patch.object(training, "measure_losses", measure_four)
+    alone = {"work_through": train_alone, "parse": lambda arguments: (None, None)}
+    with losses, mock.patch.multiple(evaluate, **alone):
+        tiny.run([*TINY, *bases, *map(str, arguments)])
 
 
 def evaluated(run: Path, out: Path, *arguments, pictures: bool = False) -> dict:
@@ -114,7 +124,7 @@ FOLDER = tempfile.TemporaryDirectory(prefix="memdlm-tests-")  # deleted when the
 
 @functools.cache
 def finished() -> Path:
-    """The run that most tests read, two seeds with two draws and a control. Nobody writes to it."""
+    """The run that most tests read, two seeds with a control. Nobody writes to it."""
     out = Path(FOLDER.name) / "finished"
     train(*SEVERAL, "--out", out)
     evaluated(out, out, pictures=True)
@@ -131,15 +141,9 @@ def results(run: Path) -> dict:
     return json.loads((run / "results.json").read_text(), parse_constant=pytest.fail)
 
 
-def checkpoint(run: Path, name: str, seed: int = 0, draw: int = 0) -> Path:
-    """Where a model of a run lies: a base beside its draws, a fine-tuned one in its draw."""
-    folder = run / f"seed{seed}"
-    return (folder if name == "base" else folder / f"draw{draw}") / f"{name}.safetensors"
-
-
-def weights(run: Path, seed: int = 0, draw: int = 0) -> dict:
-    """The tensors of a draw's checkpoints: {"base": {"model.embedding.weight": ...}, ...}."""
-    return {name: load_file(checkpoint(run, name, seed, draw)) for name in NAMES}
+def weights(run: Path, seed: int = 0) -> dict:
+    """The tensors of a seed's checkpoints: {"base": {"model.embedding.weight": ...}, ...}."""
+    return {name: load_file(checkpoint_path(run, seed, name)) for name in NAMES}
 
 
 def differing(one: dict, other: dict) -> set[str]:

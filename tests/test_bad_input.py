@@ -24,9 +24,9 @@ BAD_FLAGS = {  # beside the usual ones; the line names the last of them
     "memdlm": (
         "--wings 2; --pretrain-step 3; --steps; --steps 1.5; --steps -1; --steps ²; --steps --5; "
         "--pretrain-steps 0; --pretrain-batch 3; --pretrain-lr -1; --examples 3; --noise 2; "
-        "--length 10; --wording odd; --stretch 0; --draws 0; --control-lr nan; --batch 0; "
+        "--length 10; --wording odd; --stretch 0; --seeds 0; --control-lr nan; --batch 0; "
         "--lr 1e-3 --control-lr 1e-3; --control-lr 1e-4 1.0000001e-4; --control-lr 0; "
-        "--seeds 0; --seed -1; --seed 99999999999999999999; --device tpu; "
+        "--seed -1; --seed 99999999999999999999; --device tpu; "
         "--save-every 0; --lr nan; --lr inf; --lr fast; --lr 1e-320; --warmup 1.1; --clip -1; "
         "--memory-rank 0; --memory-alpha nan; --memory-lr -1; --memory-clip -1; "
         "--memory-fraction 0; --memory-scope world; --memory-steps 0; --memory-epochs 0; "
@@ -34,14 +34,14 @@ BAD_FLAGS = {  # beside the usual ones; the line names the last of them
         "--start-scale 0.5; --lora-rank 8; --samples 8; --data pairs.jsonl; --max-length 9"
     ),
     "sample": (
-        "--model gpt; --draw -1; --length 0; --length 4097; --steps 0; --length 16 --steps 17; "
+        "--model gpt; --length 0; --length 4097; --steps 0; --length 16 --steps 17; "
         "--length 16 --block-length 4 --steps 3; --block-length 0; --threshold 2; --seed x; "
         "--temperature -1; --temperature 1e-320; --cfg-scale nan; --mem; --write paper; "
         "--write-lr 1; --write-rank 4; --write-passes 2; --memory --write poem; "
         "--anchor-ratio 0.5; --memory --anchor-ratio 0.5"
     ),
     "eval_niah": (
-        "--tasks; --tasks chess; --memory-lengths 10; --memory-lengths 80; --memory-draws -1; "
+        "--tasks; --tasks chess; --memory-models gpt; "
         "--lengths 10; --lengths 96 nine; --length 96; --samples 0; --bias-steps 1; --steps 0; "
         "--block-length 0; --threshold -1; --write poem; --write-rank 0; "
         "--write-lr inf; --anchor-ratio 0.5"
@@ -55,7 +55,6 @@ CASES = [
     ("sample", "--run {run}", "--prompt"),
     ("sample", "--run {out} --prompt x", "{out}"),
     ("sample", "--run {run} --prompt x --seed 7", "seed7"),
-    ("sample", "--run {run} --prompt x --draw 7", "draw7"),
     ("eval_niah", "", "--run"),
     ("eval_niah", "--run {out}", "{out}"),
 ]
@@ -78,7 +77,8 @@ def test_bad_flags_get_one_line(tmp_path, capsys, program, typed, named):
 
 def assert_all_refuse(capsys, run, out, named: str) -> None:
     """To go on with a run, to ask its base and to score it: each is refused in one line."""
-    assert named in refusal(capsys, "memdlm", *TINY, *SEVERAL, "--out", run, "--resume")
+    bases = ["--bases", run, "--resume"]
+    assert named in refusal(capsys, "memdlm", *TINY, *SEVERAL, *bases, "--out", run)
     ask = ["--run", run, "--model", "base", "--prompt", PROMPT]
     assert named in refusal(capsys, "sample", *ask)
     assert named in refusal(capsys, "eval_niah", "--run", run, *ASKED, "--out", out)
@@ -89,6 +89,7 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path, capsys, kind):
     """Each program names the file that has something else under its name, and overwrites nothing:
     text, the half of a file, what another program has written, and the tensors of another model."""
     run = copy_of_finished(tmp_path)
+    (run / "results.json").unlink()
     path = run / "seed0/base.safetensors"
     content = {"text": b"I am not a checkpoint.", "cut short": path.read_bytes()[:-5000]}
     with safe_open(path, "pt") as file:
@@ -113,7 +114,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path, caps
     """A folder cannot lie under a regular file."""
     (tmp_path / "file").write_text("I am in the way.")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        assert str(out) in refusal(capsys, "memdlm", *TINY, "--out", out)
+        assert str(out) in refusal(capsys, "memdlm", *TINY, "--bases", finished(), "--out", out)
         score = ["--run", finished(), *ASKED, "--out", out]
         assert str(out) in refusal(capsys, "eval_niah", *score)
     assert (tmp_path / "file").read_text() == "I am in the way."
@@ -121,7 +122,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path, caps
 
 TOO_LARGE = [
     ("memdlm", [*TINY, "--memory-rank", 10**14, "--bases", "{run}"]),
-    ("memdlm", [*TINY, "--pretrain-batch", 4 * 10**13]),
+    ("memdlm", [*TINY, "--pretrain-batch", 4 * 10**13, "--pretrain"]),
     ("memdlm", [*TINY, "--examples", 4 * 10**17, "--bases", "{run}"]),
     ("eval_niah", [*ASKED, "--write-rank", 10**14, "--run", "{run}"]),
     ("eval_niah", [*ASKED, "--samples", 10**13, "--run", "{run}"]),

@@ -3,6 +3,7 @@ test_evaluation.py: eval_niah.py's two measurements, scores and exposure bias. T
 with like, tables say what the records say, and no evaluation overwrites another.
 """
 
+import itertools
 import math
 import re
 from itertools import pairwise
@@ -32,8 +33,8 @@ def test_a_score_is_the_share_of_references_found(prediction, score):
 @pytest.mark.parametrize("task", data.TASKS)
 def test_the_oracle_scores_1_and_silence_0(model, task, monkeypatch):
     """The references are in the true answers, and those of the prompts do not count."""
-    asked = SimpleNamespace(samples=40, wording="old", steps=1, block_length=None, threshold=None)
-    examples = data.make_examples(task, 40, 96, data.split_seed(5, "test 0"))
+    asked = SimpleNamespace(samples=40, steps=1, block_length=None, threshold=None)
+    examples = data.make_examples(task, 40, 96, data.split_seed(5, "test"))
     answer = {tuple(example.prompt): example.response for example in examples}
 
     def oracle(model, prompts, blocks, **options):
@@ -44,7 +45,7 @@ def test_the_oracle_scores_1_and_silence_0(model, task, monkeypatch):
 
     for speaker, score in ((oracle, 1), (silence, 0)):
         monkeypatch.setattr(sample, "generate", speaker)
-        record = evaluate.score_cell(model, False, task, 96, 5, 0, asked)
+        record = evaluate.score_cell(model, None, task, 96, 5, asked, "old")
         assert (record["score"], record["n"]) == (score, 40), f"{speaker.__name__} on {task}"
 
 
@@ -131,7 +132,7 @@ def test_a_model_led_astray_by_its_own_mistake_has_exposure_bias():
 
 def test_the_ratio_is_against_the_static_loss_without_a_memory():
     """Or a memory that lowers both losses would look as if it had changed nothing."""
-    records = report.matching(results(finished())["exposure_bias"], seed=0, draw=0)
+    records = report.matching(results(finished())["exposure_bias"], seed=0)
     static = {(record["method"], record["mask_ratio"]): record["static"] for record in records}
     for record in records:
         method, ratio = record["method"], record["mask_ratio"]
@@ -152,34 +153,40 @@ def test_measured_noise_levels_cover_0_to_1_however_examples_are_batched(size):
 
 
 def test_the_frontier_says_what_losses_and_scores_say():
-    """For each fine-tuning of each draw: learnt is its last training loss without a memory, kept
-    the mean of its scores without one; and the base is Standard MDLM at rate 0."""
+    """For each model of each seed: learnt is its last training loss without a memory, kept the mean
+    of its scores without one; and what the base has learnt is what the others begin with."""
     found = results(finished())
-    points = found["frontier"]
-    known = [("mdlm", 0.0, "mdlm", 0, "base"), ("mdlm", 5e-4, "mdlm", 3, "mdlm")]
-    known.append(("mdlm", 1e-4, "mdlm-0.0001", 3, "mdlm-0.0001"))
-    known.append(("memdlm", 5e-4, "memdlm", 3, "memdlm_train"))
-    for unit in ({"seed": seed, "draw": draw} for seed in (0, 1) for draw in (0, 1)):
-        mine = report.matching(points, **unit)
-        assert len(mine) == 4
-        for method, rate, arm, step, row in known:
-            [point] = report.matching(mine, method=method, lr=rate)
-            [loss] = report.matching(found["loss"], method=arm, step=step, **unit)
-            [score] = report.matching(found["niah"], method=row, **unit)
+    known = [("mdlm", 0, "base"), ("mdlm", 3, "mdlm"), ("memdlm", 3, "memdlm_train")]
+    known.append(("mdlm-0.0001", 3, "mdlm-0.0001"))
+    assert len(found["frontier"]) == 2 * len(known)
+    for seed in (0, 1):
+        for arm, step, row in known:
+            [point] = report.matching(found["frontier"], method=row, seed=seed)
+            [loss] = report.matching(found["loss"], method=arm, step=step, seed=seed)
+            [score] = report.matching(found["niah"], method=row, seed=seed)
             assert point["learnt"] == loss["train_without_memory"]
-            assert point["kept"] == {"1x": score["score"]}
+            assert point["1x"] == score["score"]
 
 
-def frontier(units: list[tuple[float, float]], draws: int = 9) -> list[dict]:
-    """Points of some units. Standard MDLM keeps .2 at loss .4, .6 at 1.2 and .8 at 2.0; MemDLM is
-    where the units say. draws: of one seed; then the next seed begins."""
+def test_a_training_that_skipped_every_update_is_no_result():
+    """It is still the base, whose loss and scores would look like a very careful training's."""
+    found = results(finished())
+    [record] = report.matching(found["training"], seed=1, name="memdlm")
+    record["skipped_updates"] = 3
+    points = report.frontier_of(found, found["config"]["run"])
+    [point] = report.matching(points, seed=1, method="memdlm_train")
+    assert point["learnt"] is None
+    assert "memdlm of seed 1: 3 updates skipped" in report.summary(found)
+
+
+def frontier(*ours: tuple[float, float]) -> list[dict]:
+    """Points of some seeds. Standard MDLM keeps .2 at loss .4, .6 at 1.2, and the base .8 at 2.0;
+    MemDLM has learnt and kept what is said."""
     points = []
-    for number, (learnt, kept) in enumerate(units):
-        seed, draw = divmod(number, draws)
-        places = [("mdlm", 1e-3, 0.4, 0.2), ("mdlm", 1e-4, 1.2, 0.6), ("mdlm", 0.0, 2.0, 0.8)]
-        for method, rate, x, y in [*places, ("memdlm", 1e-3, learnt, kept)]:
-            point = {"method": method, "lr": rate, "seed": seed, "draw": draw, "learnt": x}
-            points.append(point | {"kept": {"4x": y}})
+    for seed, (learnt, kept) in enumerate(ours):
+        places = [("base", 2.0, 0.8), ("mdlm", 0.4, 0.2), ("memdlm_train", learnt, kept)]
+        for method, x, y in [*places, ("mdlm-8e-05", 1.2, 0.6)]:
+            points.append({"method": method, "seed": seed, "learnt": x, "4x": y})
     return points
 
 
@@ -188,81 +195,80 @@ def frontier(units: list[tuple[float, float]], draws: int = 9) -> list[dict]:
     [(0.8, 0.5, 0.1), (1.2, 0.5, -0.1), (1.6, 0.7, 0.0), (0.1, 0.2, 0.0), (3.0, 0.9, 0.1)],
 )
 def test_methods_are_compared_at_equal_learnt_loss(learnt, kept, gain):
-    """On the line between Standard MDLM's two nearest rates, or with its first or last."""
-    points = frontier([(learnt, kept)])
-    assert report.gains_at_equal_loss(points, "4x") == {(0, 0): pytest.approx(gain)}
+    """On the line between Standard MDLM's two nearest rates, or with its first or last. It is what
+    a lower rate does not give of the difference at equal rate."""
+    found = report.comparisons(frontier((learnt, kept)))
+    assert found["equal_loss"]["values"] == [pytest.approx(gain)]
+    assert found["equal_rate"]["values"] == [pytest.approx(kept - 0.2)]
+    assert found["lower_rate"]["values"] == [pytest.approx(kept - 0.2 - gain)]
 
 
 @pytest.mark.parametrize(
     ("kept", "verdict"),
-    [((0.5, 0.51, 0.49), "is more than"), ((0.3, 0.31, 0.29), "better"), ((0.2, 0.6), "no diff")],
+    [
+        ((0.5, 0.51, 0.49), "is more than"),
+        ((0.3, 0.31, 0.29), "better"),
+        ((0.2, 0.6), "no difference"),
+        ((0.9,), "one base decides nothing"),
+    ],
 )
-def test_the_headline_says_what_its_interval_allows(kept, verdict):
-    """Above zero, below zero, or neither: the verdict goes by the 95% interval over bases. The
-    interval that is printed first is over draws, and draws of one base alone decide nothing."""
-    units = [(0.8, one) for one in kept]
-    assert "decides nothing" in report.headline_of(frontier(units))["text"]
-    headline = report.headline_of(frontier(units, draws=1))
-    gains = [one - 0.4 for one in kept]
-    mean, half = report.t_interval(gains)
-    assert (headline["difference"], headline["n"]) == (pytest.approx(mean), len(kept))
-    assert headline["ci95"] == pytest.approx([mean - half, mean + half])
-    assert verdict in headline["text"]
+def test_the_sentences_say_what_the_interval_allows(kept, verdict):
+    """Above zero, below zero, or neither: the verdict goes by the 95% interval over bases."""
+    found = report.comparisons(frontier(*((0.8, one) for one in kept)))
+    mean, half = report.t_interval([one - 0.4 for one in kept])
+    assert found["equal_loss"]["difference"] == pytest.approx(mean)
+    interval = None if len(kept) == 1 else pytest.approx([mean - half, mean + half])
+    assert found["equal_loss"]["ci95"] == interval
+    text = report.sentences(found)
+    assert f"n = {len(kept)}: " in text
+    assert verdict in text
 
 
-def test_a_headline_that_cannot_be_had_is_none():
-    """No score at 4x; or no loss, because training has exploded. One draw has no interval."""
-    assert results(finished())["headline"] is None
-    points = frontier([(0.8, 0.5)])
-    assert report.headline_of(points)["ci95"] is None
+def test_what_cannot_be_compared_is_left_out():
+    """No score at 4x; or no loss, because training has exploded."""
+    assert results(finished())["comparisons"] == {}
+    points = frontier((0.8, 0.5), (0.8, 0.6))
     points[0]["learnt"] = None
-    assert report.headline_of(points) is None
-    assert report.headline_of(points + frontier([(0.8, 0.5)] * 2)[4:])["n"] == 1
+    assert report.comparisons(points)["equal_loss"]["values"] == [pytest.approx(0.2)]
+    points[4]["learnt"] = None
+    assert report.comparisons(points) == {}
+    assert "Nothing can be compared" in report.sentences({})
 
 
-def test_the_memory_picture_shows_the_inner_loop(make_model):
-    """The NLL before it and after each stage; noisy are words that the true answer does not
-    have."""
+def test_the_memory_picture_shows_the_inner_loop(make_model, monkeypatch):
+    """-log p of each masked word before the inner loop and after each stage; noisy are the words
+    that the true answer does not have. (Answers of one task are of one length: there are no pads.)
+    """
     model, config = make_model(torch.float32), read_json(finished() / "config.json")
-    config |= {"memory_lr": 0.5, "memory_fraction": 0.5, "noise": 0.5}
-    pairs = [training.tiny_pairs(config, 0, 0, noise)[0] for noise in (0.5, 0)]
-    view = evaluate.memory_view(model, config, 0, *pairs)
-    assert view["noisy"] == [a != b for a, b in zip(*(pair.response for pair in pairs))]
-    assert 0 < sum(view["noisy"]) < len(view["noisy"])
-    batch = data.collate([pairs[0]])
-    logits = model(memdlm.corrupt(batch.x0, batch.maskable, data.MASK))[batch.maskable]
-    nll = torch.nn.functional.cross_entropy(logits, batch.x0[batch.maskable], reduction="none")
-    assert view["nll"][0] == pytest.approx(nll.tolist(), rel=1e-4)
-    before, first, second = (sum(curve) for curve in view["nll"])
-    assert second < first < before, "the inner loop learns this pair"
+    monkeypatch.setattr(data, "TASKS", {"mv": data.TASKS["mv"]})
+    config |= {"memory_lr": 0.5, "memory_fraction": 0.5, "noise": 0.5, "examples": 16}
+    pairs, true = (training.tiny_pairs(config, 0, noise=noise) for noise in (0.5, 0))
+    views, batch = evaluate.memory_views(model, config, 0), data.collate(pairs)
+    masked = torch.zeros_like(batch.maskable)
+    for row, (view, pair, right) in enumerate(zip(views, pairs, true)):
+        places = view["places"]
+        assert view["noisy"] == [pair.response[i] != right.response[i] for i in places]
+        assert places == [i for i, hidden in enumerate(view["hidden"][1]) if hidden]
+        assert set(places) <= {i for i, hidden in enumerate(view["hidden"][0]) if hidden}
+        masked[row, [len(pair.prompt) + i for i in places]] = True
+    logits = model(memdlm.corrupt(batch.x0, masked, data.MASK))[masked]
+    nll = torch.nn.functional.cross_entropy(logits, batch.x0[masked], reduction="none")
+    seen = [value for view in views for value in view["nll"][0]]
+    assert seen == pytest.approx(nll.tolist(), abs=1e-3)
+    for noisy in (True, False):
+        before, first, second = report.word_means(views, noisy)
+        assert second < first < before, "the inner loop learns these pairs"
 
 
 def test_the_denoising_picture_shows_the_answer_that_is_given(sharp):
-    """Each step commits the place of its largest confidence; the last leaves the answer."""
+    """From all masked to the answer, a token a step, and no token changes once it is there."""
     example = data.make_examples("mv", 1, 96, 0)[0]
-    states = evaluate.denoising_states(sharp, example)
-    blocks = sample.plan_blocks(len(example.response))
-    answer = sample.generate(sharp, torch.tensor([example.prompt]), blocks)[0].tolist()
-    assert states[-1].proposal == answer
-    for state in states:
-        opened = [c for c, token in zip(state.confidence, state.before) if token == data.MASK]
-        best = state.confidence.index(max(opened))
-        assert [i for i, commits in enumerate(state.committed) if commits] == [best]
-
-
-def test_sequential_losses_are_compared_at_equal_static_loss():
-    """MemDLM has L_seq 1.5 at L_static .4, where Standard MDLM, with 1 at .2 and 3 at .6, has 2."""
-    records = []
-    for method, static, sequential in (
-        ("base", 0.2, 1.0),
-        ("mdlm", 0.6, 3.0),
-        ("mdlm-0.0001", 0.6, 3.0),
-        ("memdlm_train", 0.4, 1.5),
-        ("mdlm_inference", 0.4, 9.0),
-    ):
-        record = {"method": method, "mask_ratio": 0.5, "seed": 0, "draw": 0}
-        records.append(record | {"static": static, "sequential": sequential})
-    assert report.sequential_at_equal_static(records).endswith("-0.500")
+    prompt, tokens = torch.tensor([example.prompt]), len(example.response)
+    states = sample.denoising_states(sharp, prompt, tokens)
+    assert states[-1] == sample.generate(sharp, prompt, sample.plan_blocks(tokens))[0].tolist()
+    assert [state.count(data.MASK) for state in states] == list(range(tokens, -1, -1))
+    for before, after in itertools.pairwise(states):
+        assert all(old in (data.MASK, new) for old, new in zip(before, after))
 
 
 def scored(method: str, task: str, length: int, score: float | None, seed: int = 0) -> dict:
@@ -288,7 +294,7 @@ def test_a_score_table_has_means_over_seeds_and_tasks():
     assert set(mdlm[1:]) <= {"-", "**-**"}
 
 
-def test_differences_are_paired_by_seed_and_draw():
+def test_differences_are_paired_by_seed():
     """Two rows that swing together from seed to seed differ by 0.1 ± 0.13 (t = 12.706 for two
     seeds); unpaired, the swing would hide it. One seed has no interval."""
     records = []
@@ -307,21 +313,21 @@ def test_differences_are_paired_by_seed_and_draw():
 def test_the_report_says_where_its_numbers_come_from():
     """Each row, the seeds and examples, the machine and the writing rule."""
     text = (finished() / "table.md").read_text()
-    known = ["[0, 1]", "4 draws", "2 examples", "cpu", "float32", torch.__version__, "surprise"]
-    known += [f"| {row.title} |" for row in report.ROWS.values()]
+    known = ["[0, 1]", "2 answers", "cpu", "float32", torch.__version__, "surprise"]
+    known += [f"| {title} |" for title in report.TITLES.values()]
     assert not [words for words in known if words not in text]
 
 
 def test_an_evaluation_with_other_settings_leaves_the_run_alone(tmp_path, capsys):
-    """Other tasks, lengths and samples go to another --out, which is asked for before any work. Its
-    table is printed, too. Nothing of the run's own evaluation is touched."""
+    """Other tasks, lengths and samples go to another --out, which is asked for before any work.
+    Nothing of the run's own evaluation is touched."""
     before = stamps(finished())
     for flag in ("--samples 3", "--tasks mv", "--write-lr 0.1", "--steps 2"):
         said = refusal(capsys, "eval_niah", "--run", finished(), *ASKED, *flag.split())
         assert "--out" in said, flag
-    flags = "--tasks mv --lengths 80 --memory-lengths 80 --samples 3 --bias-steps 3".split()
+    flags = "--tasks mv --lengths 80 --samples 3 --bias-steps 3".split()
     found = evaluated(finished(), tmp_path, *flags, "--steps", 1)
     assert {(r["task"], r["length"], r["n"]) for r in found["niah"]} == {("mv", 80, 3)}
     assert len({record["mask_ratio"] for record in found["exposure_bias"]}) == 3
-    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+    assert report.main_table(found) in capsys.readouterr().out
     assert stamps(finished()) == before

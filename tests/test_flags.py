@@ -30,7 +30,7 @@ GROUPS = {
     "--memory-epochs 2; --start-scale 3; --memory-steps 1; --memory-strategy anchor_only; "
     "--memory-loss kl; --memory-targets newly_revealed; --memory-places ffn+attention; "
     "--memory-form full",
-    "no number": "--save-every 1; --draws 2; --control-lr 1e-5; --memory-strategy consistent",
+    "no number": "--save-every 1; --seeds 2; --control-lr 1e-5; --memory-strategy consistent",
 }
 
 
@@ -72,16 +72,17 @@ def test_flags_of_the_writing_change_the_rows_that_write(short_run, tmp_path):
         """The exposure bias of each row."""
         out = tmp_path / flags.replace(" ", "")
         records = evaluated(short_run, out, "--steps", 1, *flags.split())["exposure_bias"]
-        return {row: report.matching(records, method=row) for row in report.ROWS}
+        return {row: report.matching(records, method=row) for row in report.TITLES}
 
     usual, paper = read(""), read("--write paper --write-lr 3")
-    writing = {method for method, row in report.ROWS.items() if row.memory}
+    writing = set(report.WITH_MEMORY.values())
     assert {row for row in usual if paper[row] != usual[row]} == writing
-    for flags in ("--write-lr 0.1", "--write-rank 4", "--write-passes 2"):
+    for flags in ("--write-lr 0.1", "--write-rank 4"):
         other = read(flags)
         assert {row for row in usual if other[row] != usual[row]} == writing, flags
-    other = read("--write paper --write-lr 3 --anchor-ratio 0.9")
-    assert {row for row in usual if other[row] != paper[row]} == writing
+    for flags in ("--anchor-ratio 0.9", "--write-passes 2"):
+        other = read(f"--write paper --write-lr 3 {flags}")
+        assert {row for row in usual if other[row] != paper[row]} == writing, flags
 
 
 def test_decoding_flags_decide_the_plan(short_run, tmp_path, monkeypatch):
@@ -95,17 +96,18 @@ def test_decoding_flags_decide_the_plan(short_run, tmp_path, monkeypatch):
     assert 0.9 in [call.kwargs.get("threshold") for call in generate.call_args_list]
 
 
-def test_memory_lengths_and_draws_decide_what_is_written(tmp_path):
-    """At which lengths, and for how many fine-tuning sets; without a memory all is read."""
-    flags = "--lengths 64 80 --memory-lengths 80 --memory-draws 2 --tasks cwe".split()
-    scores = evaluated(finished(), tmp_path / "both", *flags)["niah"]
-    for method, row in report.ROWS.items():
-        places = {(one["seed"], one["draw"]) for one in report.matching(scores, method=method)}
-        lengths = report.distinct(report.matching(scores, method=method), "length")
-        assert places == {(0, 0), (0, 1), (1, 0), (1, 1)}
-        assert lengths == ([80] if row.memory else [64, 80])
-    scores = evaluated(finished(), tmp_path / "none", *flags, "--memory-draws", 0)["niah"]
-    assert not [one for one in scores if one["method"].endswith("inference")]
+def test_memory_models_decide_what_is_written(short_run, tmp_path):
+    """Whose prompts, and of several lengths the longest; without a memory all are read."""
+    flags = "--lengths 64 80 --tasks cwe --steps 1".split()
+    for models in ("mdlm memdlm", ""):
+        out = tmp_path / f"of {models}"
+        scores = evaluated(short_run, out, *flags, "--memory-models", *models.split())["niah"]
+        lengths = {row: [] for row in report.distinct(scores, "method")}
+        for one in scores:
+            lengths[one["method"]].append(one["length"])
+        expected = {row: [64, 80] for row in report.PLAIN.values()}
+        expected |= {report.WITH_MEMORY[name]: [80] for name in models.split()}
+        assert lengths == expected
 
 
 def test_sample_shows_each_step_and_the_answer(capsys):
@@ -131,7 +133,7 @@ def test_sample_is_reproducible_and_its_flags_matter(capsys):
     hot = ["--length", 12, "--temperature", 3]
     usual = say(capsys, finished(), *hot)
     assert say(capsys, finished(), *hot) == usual != say(capsys, finished(), "--length", 12)
-    for flag in ("--seed 1", "--cfg-scale 1e4", "--model base", "--model mdlm-0.0001", "--draw 1"):
+    for flag in ("--seed 1", "--cfg-scale 1e4", "--model base", "--model mdlm-0.0001"):
         assert say(capsys, finished(), *hot, *flag.split()) != usual, flag
     written = "--memory --write-lr 5 --write-rank 4 --write-passes 2".split()
     assert len(say(capsys, finished(), *hot, *written)) == len(usual)

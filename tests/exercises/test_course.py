@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import ROOT, TINY, checkpoint, train, weights
+from running import ROOT, TINY, train, weights
 from safetensors.torch import load_file
 
 import memdlm
@@ -20,6 +20,7 @@ import model
 import sample
 from exercises.plug import STEPS, load, written_functions
 from lab.tools import read_json
+from lab.training import checkpoint_path
 
 HOMES = {"memdlm": memdlm, "model": model, "sample": sample}
 STUDENT, README = ROOT / "exercises" / "student.py", ROOT / "exercises" / "README.md"
@@ -148,7 +149,7 @@ def test_training_calls_the_students_functions(tmp_path):
     (tmp_path / "student.py").write_text(
         "import sys\n\n\ndef train_step(model, optimizer, losses, clip):\n    sys.exit('mine')\n"
     )
-    flags = [*TINY, "--student", tmp_path / "student.py", "--out", tmp_path / "run"]
+    flags = [*TINY, "--pretrain", "--student", tmp_path / "student.py", "--out", tmp_path / "run"]
     result = python("memdlm.py", *flags)
     assert (result.returncode, result.stderr.strip()) == (1, "mine")
     told = "step 6, the outer step: not written yet: memdlm_loss (the project's own)"
@@ -156,16 +157,26 @@ def test_training_calls_the_students_functions(tmp_path):
     assert "step 5, one inner step: not written yet" in result.stdout
 
 
+# memdlm.py, whose evaluation asks one short question a task.
+ONE_QUESTION = """
+from lab import evaluate, tools
+parser = evaluate.build_parser()
+parser.set_defaults(samples=1, lengths=[64], memory_models=[])
+evaluate.build_parser = lambda: parser
+tools.start("memdlm")
+"""
+
+
 def test_the_solution_trains_and_its_run_knows_whose_code_it_was(tmp_path):
     """It starts from the base of another run, and is not continued with another file."""
     train("--out", tmp_path / "own")
     mine = [*TINY, "--student", SOLUTION, "--bases", tmp_path / "own", "--out", tmp_path / "mine"]
-    result = python("memdlm.py", *mine)
+    result = python("-c", ONE_QUESTION, *mine)
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r"^step \d, .*: yours$", result.stdout, re.M)) == 7
     assert read_json(tmp_path / "mine" / "results.json")["niah"]
     assert read_json(tmp_path / "mine" / "config.json")["student"].startswith("solution.py ")
-    base = load_file(checkpoint(tmp_path / "mine", "base"))
+    base = load_file(checkpoint_path(tmp_path / "mine", 0, "base"))
     for key, tensor in weights(tmp_path / "own")["base"].items():
         assert torch.equal(tensor, base[key]), "the base is not that of --bases"
     (tmp_path / "other.py").write_text("X = 1\n")

@@ -19,38 +19,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data
 from eval_niah import string_match_all
 from full_scale.cache import VARIANTS, cached
+from lab.evaluate import questions
 from lab.report import t_interval
 from lab.tools import read_config
 from lab.training import open_run
 from sample import generate, plan_blocks
 
 
-def questions_of(config: dict, draw: int, samples: int) -> list[data.Example]:
-    """Held-out questions of all tasks, one, two and four times as long as the model's training."""
-    key, found = data.split_seed(config["seed"], f"test {draw}"), []
-    for times in (1, 2, 4):
-        for task in data.TASKS:
-            asked = task, samples, times * config["length"], key
-            found.append(data.make_examples(*asked, wording=config["wording"]))
-    return found
-
-
 def compare(run: Path, name: str, size: int, samples: int) -> dict[str, list]:
     """Sampler -> of each question, whether a model answers it as the exact sampler does, and the
-    score. The answer is decoded in blocks of `size`."""
+    score: held-out questions of all tasks, one, two and four times as long as pretraining's. The
+    answer is decoded in blocks of `size`."""
     config, found = read_config(run), {kind: [] for kind in ("exact", *VARIANTS)}
-    for draw in range(config["draws"] if name != "base" else 1):
-        model, _ = open_run(run, config["seed"], draw, name, "cpu")
-        for examples in questions_of(config, draw, samples):
-            prompts, tokens = torch.tensor([one.prompt for one in examples]), examples[0].response
-            blocks = plan_blocks(len(tokens), block_length=size)
-            exact = generate(model, prompts, blocks=blocks).tolist()
-            for kind, records in found.items():
-                sampler = generate if kind == "exact" else cached(generate, kind)
-                answers = sampler(model, prompts, blocks=blocks).tolist()
-                for example, answer, same in zip(examples, answers, exact):
-                    score = string_match_all(example.references, data.TINY.decode(answer))
-                    records.append((answer == same, score))
+    seeds = range(config["seed"], config["seed"] + config["seeds"])
+    for seed, times, task in product(seeds, (1, 2, 4), data.TASKS):
+        model, _ = open_run(run, seed, name, "cpu")
+        examples = questions(task, times * config["length"], seed, samples, config["wording"])
+        prompts, tokens = torch.tensor([one.prompt for one in examples]), examples[0].response
+        blocks = plan_blocks(len(tokens), block_length=size)
+        exact = generate(model, prompts, blocks=blocks).tolist()
+        for kind, records in found.items():
+            sampler = generate if kind == "exact" else cached(generate, kind)
+            answers = sampler(model, prompts, blocks=blocks).tolist()
+            for example, answer, same in zip(examples, answers, exact):
+                score = string_match_all(example.references, data.TINY.decode(answer))
+                records.append((answer == same, score))
     return found
 
 
@@ -73,7 +66,7 @@ def print_table(run: Path, samples: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--run", type=Path, required=True, help="folder of a --tiny run")
-    parser.add_argument("--samples", type=int, default=32, help="questions a cell")
+    parser.add_argument("--samples", type=int, default=16, help="questions a cell")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with torch.no_grad():
