@@ -55,14 +55,15 @@ def jsonl_records(source: str, text: str) -> Iterator[tuple[str, object]]:
 
 def alpaca_records(source: str, text: str) -> Iterator[tuple[str, dict]]:
     """(place, pair) of each record of a JSON list. The prompt is the instruction and, after a blank
-    line, the input if there is one. Records with an empty answer, as in Alpaca, are passed over."""
+    line, the input if there is one, all stripped, as published. Records with an empty answer, as in
+    Alpaca, are passed over."""
     for number, record in enumerate(parse(source, text), 1):
         place, fields = f"{source}, record {number}", record if isinstance(record, dict) else {}
-        instruction, context = fields.get("instruction"), fields.get("input") or ""
-        answer = fields.get("output")
-        if not all(isinstance(one, str) for one in (instruction, context, answer)):
+        texts = fields.get("instruction"), fields.get("input") or "", fields.get("output")
+        if not all(isinstance(one, str) for one in texts):
             raise UserError(f"{place}: instruction, input and output must be strings.")
-        if answer.strip():
+        instruction, context, answer = (one.strip() for one in texts)
+        if answer:
             prompt = f"{instruction}\n\n{context}" if context else instruction
             yield place, {"prompt": prompt, "response": answer}
 
@@ -78,7 +79,7 @@ def read_data(source: str, tokenizer, max_length: int) -> tuple[list[Example], i
         if not all(isinstance(one, str) and one.strip() for one in (prompt, response)):
             raise UserError(f'{place}: must be {{"prompt": "...", "response": "..."}}, not empty.')
         try:
-            ids = tokenizer.encode_prompt(prompt), [*tokenizer.encode(response), tokenizer.eos]
+            ids = tokenizer.encode_pair(prompt, response)
         except UserError as error:  # a chat template may refuse a text
             raise UserError(f"{place}: {error}") from None
         pairs.append(Example(*ids))

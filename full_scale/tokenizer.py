@@ -8,7 +8,7 @@ Hugging Face's `tokenizers` library gives it, or `load_tokenizer` says what it c
 No text that a user types ever becomes a special token, in a chat template no more than elsewhere.
 
 Reading list: byte pair encoding, Sennrich et al. 2015, arXiv 1508.07909; its use on bytes, the
-GPT-2 report (Radford et al. 2019, Sec. 2.2); tiktoken's README; Hugging Face's "Chat templates".
+GPT-2 report (Radford et al. 2019, Sec. 2.2); tiktoken's README.
 
 Glossary
   name here   | meaning
@@ -20,26 +20,22 @@ Glossary
   symbol      | the letter that stands for one byte in the vocabulary of tokenizer.json
 """
 
-import contextlib
 import functools
 import itertools
 import json
 import math
 import re
-import sys
-import time
 import unicodedata
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2.sandbox
 import tiktoken
 
+from full_scale.templates import ADVICE, cover, render, render_pair
 from lab.tools import read_json
 from model import UserError
 
-TEMPLATE_SECONDS = 2  # of computing for one prompt; chat templates need about a thousandth of one
 # tiktoken's regex gives up at a million blanks in a row. Without the (?<!...), which lets a match
 # begin only where the blanks do, the search for them would take quadratic time.
 TOO_MANY_BLANKS = re.compile(r"(?<!\s)\s{990000}")
@@ -105,14 +101,36 @@ class Tokenizer:
         """
         if self.template is None:
             return self.encode(text)
-        covered, originals = cover(text, self.specials, self.template)
-        ids = []
-        for piece in any_of(self.specials).split(render(self.template, covered, self.names)):
+        covered, originals = cover([text], self.specials, self.template)
+        return self.encode_rendered(render(self.template, covered, self.names), originals)
+
+    def encode_pair(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
+        """A prompt, and the answer to it with what ends a turn; without a template that is EOS.
+
+        As published: the whole conversation's ids, cut where those of the prompt end.
+        """
+        if self.template is None:
+            return self.encode(prompt), [*self.encode(response), self.eos]
+        covered, originals = cover([prompt, response], self.specials, self.template)
+        mark = any_of(self.specials)
+        opened, whole = render_pair(self.template, covered, self.names, mark)
+        ids, start = (self.encode_rendered(text, originals) for text in (whole, opened))
+        answer = ids[len(start) :]
+        if not (whole.startswith(opened) and answer):
+            raise UserError(
+                f"the backbone's chat template puts no answer behind a prompt: {ADVICE}."
+            )
+        return ids[: len(start)], answer
+
+    def encode_rendered(self, text: str, originals: dict[str, str]) -> list[int]:
+        """What a chat template has made of covered texts: here its markup is special."""
+        covered, ids = any_of(originals), []
+        for piece in any_of(self.specials).split(text):
             if piece in self.specials:
                 ids.append(self.specials[piece])
             else:
                 # A token may reach across the border of the template's words and the user's.
-                ids += self.encode(piece.translate(originals))
+                ids += self.encode(covered.sub(lambda found: originals[found[0]], piece))
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -120,75 +138,6 @@ class Tokenizer:
         if self.eos in ids:
             ids = ids[: ids.index(self.eos)]
         return b"".join(self.pieces.get(token, b"") for token in ids).decode(errors="replace")
-
-
-# ---- the chat template ---------------------------------------------------------------------------
-
-
-def cover(text: str, specials: Collection[str], template: str) -> tuple[str, dict[int, str]]:
-    """Hides from the template whatever in the user's text could become part of a special string.
-
-    Each character that begins or ends one, mostly "<" or ">", gives way to an unused private-use
-    character. So none can be typed, nor lie half in the user's words and half in the template's
-    ("<|mas" before "k|>"). The template may still trim, count or capitalise the text. Returns the
-    text and what brings it back: {stand-in: original} for str.translate.
-    """
-    edges = {token[0] for token in specials} | {token[-1] for token in specials}
-    unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text + template)
-    stand_ins = {ord(old): next(unused) for old in edges}
-    return text.translate(stand_ins), {ord(new): chr(old) for old, new in stand_ins.items()}
-
-
-@functools.lru_cache
-def compiled(template: str) -> jinja2.Template:
-    """Set up as in Hugging Face's library. A downloaded program is foreign: it gets a sandbox."""
-
-    def raise_exception(message: str):
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals["raise_exception"] = raise_exception
-    return environment.from_string(template)
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raises a TimeoutError in the Python code inside once it has computed for so many seconds.
-
-    Python calls a trace function before each line it runs; ours looks at the clock. Unlike a signal
-    or a second process, this works on every system and in every thread. It ends loops and
-    recursions of any kind, though not a single operation that takes forever.
-    """
-    deadline = time.thread_time() + seconds
-
-    def look_at_the_clock(frame, event, argument):
-        if time.thread_time() > deadline:
-            raise TimeoutError(f"it was still running after {seconds} seconds")
-        return look_at_the_clock
-
-    tracer_before = sys.gettrace()  # a debugger's, or None
-    sys.settrace(look_at_the_clock)
-    try:
-        yield
-    finally:
-        sys.settrace(tracer_before)
-
-
-def render(template: str, content: str, names: dict[str, str]) -> str:
-    """One user's message in the template; any failure in there is the template's: a UserError."""
-    messages = [{"role": "user", "content": content}]
-    values = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
-    try:
-        program = compiled(template)
-        with time_limit(TEMPLATE_SECONDS):
-            return program.render(values, **names)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        advice = "mend it, or leave it out with --plain"
-        raise UserError(f"the backbone's chat template fails ({reason}): {advice}.") from None
 
 
 # ---- tokenizer.json as an exact tiktoken.Encoding ------------------------------------------------

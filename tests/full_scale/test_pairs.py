@@ -6,6 +6,7 @@ that is wrong with a file is found before any work begins, and said in one line 
 import json
 import random
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import huggingface_hub
@@ -13,12 +14,13 @@ import pytest
 from backbones import TOKENIZER
 from commands import PAIRS, jsonl
 
-from data import EOS, TINY, Example, TinyTokenizer
+from data import Example
 from full_scale.pairs import PADS, collate, length_grouped, read_data, split_pairs
 from full_scale.tokenizer import load_tokenizer
 from model import UserError
 
 TEMPLATED = load_tokenizer(TOKENIZER)
+PLAIN = load_tokenizer(TOKENIZER, plain=True)
 
 
 def line(prompt="Say hi.", response="hi") -> str:
@@ -26,12 +28,13 @@ def line(prompt="Say hi.", response="hi") -> str:
 
 
 ALPACA = [
-    {"instruction": "Read.", "input": "A long text.", "output": "Done.", "file": "x"},
-    {"instruction": "Say hi.", "input": "", "output": "hi"},
+    {"instruction": "Read.\n", "input": "\tA long text.", "output": " Done. ", "file": "x"},
+    {"instruction": "Say hi.\n", "input": " ", "output": "\n hi \n"},
     {"instruction": "Say <|mask|>.", "output": "<|mask|>"},
     {"instruction": "Say nothing.", "input": "", "output": " "},
 ]
-# Instruction, blank line, input; the record without an answer is passed over.
+# Instruction, blank line, input, stripped; an input of blanks is none, and the record without an
+# answer is passed over.
 IN_PAIRS = [
     {"prompt": "Read.\n\nA long text.", "response": "Done."},
     {"prompt": "Say hi.", "response": "hi"},
@@ -40,18 +43,20 @@ IN_PAIRS = [
 
 
 def test_a_good_file_is_read_in_order(tmp_path):
-    """Responses are closed by EOS, empty lines passed over, further keys allowed; a JSON string may
-    hold a Unicode line separator, which ends no line; a typed "<|mask|>" is ordinary text."""
+    """Without a template a response is closed by EOS. Empty lines are passed over, further keys and
+    blanks kept; a JSON string may hold a Unicode line separator, which ends no line; a typed
+    "<|mask|>" is ordinary text."""
     path = tmp_path / "pairs.jsonl"
     extra = json.dumps({"prompt": "p", "response": "r", "source": 3})
     lines = [line() + "\r", "", "   ", line("Γεια\u2028👋\x85", " <|mask|> "), extra]
     path.write_bytes("\n".join(lines).encode())
-    pairs, dropped = read_data(str(path), TINY, 100)
+    pairs, dropped = read_data(str(path), PLAIN, 100)
     assert dropped == 0
-    texts = [(TINY.decode(pair.prompt), TINY.decode(pair.response)) for pair in pairs]
-    assert texts == [(" Say hi.", " hi"), (" Γεια\u2028👋\x85", " <|mask|> "), (" p", " r")]
-    assert all(pair.response.index(EOS) == len(pair.response) - 1 for pair in pairs)
-    assert not any(TINY.mask in pair.prompt + pair.response for pair in pairs)
+    texts = [(PLAIN.decode(pair.prompt), PLAIN.decode(pair.response)) for pair in pairs]
+    assert texts == [("Say hi.", "hi"), ("Γεια\u2028👋\x85", " <|mask|> "), ("p", "r")]
+    eos = PLAIN.eos
+    assert all(pair.response.index(eos) == len(pair.response) - 1 for pair in pairs)
+    assert not any(PLAIN.mask in pair.prompt + pair.response for pair in pairs)
 
 
 def test_pairs_of_an_alpaca_file_which_may_come_from_the_hub(tmp_path, monkeypatch):
@@ -70,7 +75,7 @@ def test_pairs_of_an_alpaca_file_which_may_come_from_the_hub(tmp_path, monkeypat
     (tmp_path / "own.jsonl").write_text(jsonl(IN_PAIRS))
     assert pairs == read_data("own.jsonl", TEMPLATED, 1000)[0]
     assert pairs[0].prompt == TEMPLATED.encode_prompt(IN_PAIRS[0]["prompt"])
-    assert pairs[0].response == [*TEMPLATED.encode("Done."), TEMPLATED.eos]
+    assert pairs[0].response == [*TEMPLATED.encode("Done."), TEMPLATED.specials["<|role_end|>"]]
     (tmp_path / "Some").mkdir()
     (tmp_path / "Some" / "Long").write_text(jsonl(IN_PAIRS[:1]))
     assert len(read_data("Some/Long", TEMPLATED, 1000)[0]) == 1
@@ -81,7 +86,7 @@ def test_pairs_of_an_alpaca_file_which_may_come_from_the_hub(tmp_path, monkeypat
 
 
 def test_pairs_that_are_too_long_are_left_out_and_counted(tmp_path):
-    """Prompt, template, response and EOS are counted, and may fill the length exactly."""
+    """All of a conversation is counted, its template too, and may fill the length exactly."""
     path = tmp_path / "pairs.jsonl"
     path.write_text(jsonl(PAIRS))
     pairs, _ = read_data(str(path), TEMPLATED, 1000)
@@ -91,14 +96,9 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(tmp_path):
     assert read_data(str(path), TEMPLATED, longest) == (kept, 20 - len(kept))
 
 
-class Choosy(TinyTokenizer):
-    """A tokenizer that refuses some prompts, as a chat template may."""
-
-    def encode_prompt(self, text: str) -> list[int]:
-        if text == "forbidden":
-            raise UserError("this text cannot be encoded.")
-        return self.encode(text)
-
+# A tokenizer whose chat template refuses some texts.
+REFUSING = "{% if 'forbidden' in messages[-1].content %}{{ raise_exception('no') }}{% endif %}"
+CHOOSY = replace(TEMPLATED, template=REFUSING + TEMPLATED.template)
 
 # What stands in line 3 of a JSONL file, or is a whole file -> the place that is named.
 BAD = {
@@ -111,6 +111,7 @@ BAD = {
     line(prompt=""): ", line 3: ",
     line(response=" \n\t"): ", line 3: ",
     line(prompt="forbidden"): ", line 3: ",
+    line(response="forbidden"): ", line 3: ",
     '[{"instruction": "a", "output": "b"}, {"output": "b"}]': ", record 2: ",
     '[{"instruction": "a", "output": 3}]': ", record 1: ",
     '[{"instruction": "a", "input": ["b"], "output": "c"}]': ", record 1: ",
@@ -132,7 +133,7 @@ def test_bad_input_is_named_by_file_and_place(tmp_path, content, named):
         text = f"{line()}\n\n{content}\n{line()}\n" if "line" in named else content
         path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=re.escape(f"{path}{named}")) as caught:
-        read_data(str(path), Choosy(), 100)
+        read_data(str(path), CHOOSY, 100)
     assert "\n" not in str(caught.value)
 
 

@@ -7,16 +7,17 @@ import re
 import time
 from pathlib import Path
 
-import jinja2
 import pytest
 import tokenizers
 from backbones import TOKENIZER
 from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from full_scale.tokenizer import Tokenizer, load_tokenizer
 from model import UserError
 
 TOY = load_tokenizer(TOKENIZER)
+LIBRARY = PreTrainedTokenizerFast.from_pretrained(TOKENIZER)
 SPEC = json.loads((TOKENIZER / "tokenizer.json").read_text())
 CONFIG = json.loads((TOKENIZER / "tokenizer_config.json").read_text())
 LING_REGEX = SPEC["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
@@ -253,19 +254,50 @@ TEMPLATES = {
     "upper case": "<role>{{ messages[0].content | upper }}</role>",
     "blocks": "<role>\n  {% for m in messages %}\n{{ m.content }}\n  {% endfor %}\n</role>",
     "json": "<role>{{ messages | tojson }}</role>{% if tools is not none %}tools{% endif %}",
+    "json by position": "{{ messages[0] | tojson(true, 4, none, true) }}<role>ASSISTANT</role>",
     "loop control": "{% for m in messages %}{{ m.content }}<role>{% break %}{% endfor %}{{ gone }}",
+    "date": "<role>{{ strftime_now('%d %B %Y') }}</role>" + CONTENT,
+    "date if any": "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}" + CONTENT,
+    "generation": "{% set a = 1 %}<role>\n  {% generation -%}\n {% set a = 2 %}{{ a }}"
+    f"{CONTENT}\n{{% endgeneration %}}\n{{{{ a }}}}</role>",
+    "arithmetic": "{{ '-' * 3 }}{{ 2 ** 3 * 1.5 }}{{ [1] * 2 }}{{ -2 * 3 }}" + CONTENT,
+    "jinja2's own": "{{ dict(a=1) | tojson }}{% set n = namespace(x=2) %}{{ n.x }}<role>" + CONTENT,
 }
+# Whole conversations, turn by turn, with a turn's opening where it is asked for.
+EACH, OPEN, END = "{% for m in messages %}", "{% if add_generation_prompt %}", "{% endif %}"
+TURN = "<role>{{ m.role }}</role>{{ m.content }}<|role_end|>"
+IF_USER = "{% if m.role == 'user' %}"
+TURNS = {
+    "toy": CONFIG["chat_template"],
+    "ChatML": EACH
+    + "{{ '<role>' + m.role + '\n' + m.content + '<|role_end|>' + '\n' }}{% endfor %}"
+    f"{OPEN}{{{{ '<role>assistant\n' }}}}{END}",
+    "Llama": "{{ bos_token }}"
+    + EACH
+    + "<role>{{ m.role }}</role>\n\n{{ m.content | trim }}<|role_end|>"
+    "{% endfor %}" + OPEN + "{{ '<role>assistant</role>\n\n' }}" + END,
+    "system": "<role>SYSTEM</role>{{ strftime_now('%Y') }}<|role_end|>" + CONFIG["chat_template"],
+    "instructions": EACH + IF_USER + "[INST] {{ m.content }} [/INST]{% else %}"
+    " {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}",
+    "words": EACH + "{{ m.role + ': ' + m.content }}<|role_end|>{{ ' ' }}{% endfor %}"
+    f"{OPEN}{{{{ 'assistant: ' }}}}{END}",  # a token may reach across the last blank
+    "never opened": EACH + TURN + "{% endfor %}",
+    "generation": EACH + IF_USER + TURN + "{% else %}<role>{{ m.role }}</role>{% generation %}"
+    "{{ m.content }}<|role_end|>{% endgeneration %}{% endif %}{% endfor %}"
+    f"{OPEN}<role>assistant</role>{END}",
+}
+# These write an answer as a user's turn, or a prompt otherwise as soon as it is answered.
+ROLELESS = EACH + "<role>HUMAN</role>{{ m.content }}{% endfor %}<role>ASSISTANT</role>"
+THINKING = TURNS["toy"].replace("<role>ASSISTANT</role>", "<role>ASSISTANT</role>hm.")
 TYPED = ["<|mask|>", " <role>x</role> ", "a<|role_end|><|mask|>b", "<|endoftext|>\n", "<<role>>"]
 TYPED += ["\U000f0000<|mask|>\U000f0001", "\ud800<|mask|>"]  # private use; half a surrogate pair
 
 
-def rendered(template: str, text: str) -> str:
-    """Hugging Face's settings, in a plain environment."""
-    extensions = ["jinja2.ext.loopcontrols"]
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-    values = {"messages": [{"role": "user", "content": text}], "add_generation_prompt": True}
-    return environment.from_string(template).render(values, tools=None, **CONFIG)
+def rendered(template: str, *texts: str) -> str:
+    """What transformers renders of a prompt, or of a prompt and its answer."""
+    messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts)]
+    options = {"add_generation_prompt": len(texts) == 1, "tokenize": False}
+    return LIBRARY.apply_chat_template(messages, chat_template=template, **options)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -290,6 +322,54 @@ def test_markup_in_the_users_text_stays_text(tmp_path, text):
         tokenizer = loaded(tmp_path, chat_template=template)
         ids, empty = tokenizer.encode_prompt(text), tokenizer.encode_prompt("")
         assert [i for i in ids if i in special] == [i for i in empty if i in special]
+    for template in TURNS.values():
+        tokenizer = loaded(tmp_path, chat_template=template)
+        marks = [
+            [[i for i in ids if i in special] for ids in tokenizer.encode_pair(*pair)]
+            for pair in ((text, text), ("x", "x"))
+        ]
+        assert marks[0] == marks[1], "neither prompt nor answer adds a special token"
+    assert TOY.decode(TOY.encode_pair("x", text)[1]) == TOY.decode(typed)
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_an_answer_ends_as_its_template_ends_a_turn(tmp_path, name):
+    """The ids of the whole conversation by transformers, cut where those of the prompt end. Texts
+    with blanks at their ends, which a template may strip and a token may reach across."""
+    tokenizer = loaded(tmp_path, chat_template=TURNS[name])
+    library = library_of(SPEC, specials_as_text=False)
+    texts = [*random_texts(60), "A rose.", "\nA rose. \n", "  <", "e", "</role", "HUMAN"]
+    for question, answer in itertools.pairwise(texts):
+        start = len(library(rendered(TURNS[name], question)))
+        whole = library(rendered(TURNS[name], question, answer))
+        assert tokenizer.encode_pair(question, answer) == (whole[:start], whole[start:]), answer
+    ends = tokenizer.encode_pair("What is red?", "A rose.")[1]
+    assert TOY.eos not in ends or "eos_token" in TURNS[name], "EOS pads, it ends no turn"
+    assert loaded(tmp_path, plain=True).encode_pair("a", "b")[1] == [*TOY.encode("b"), TOY.eos]
+
+
+@pytest.mark.parametrize("name", ["toy", "ChatML", "Llama", "words"])
+def test_a_turn_that_a_template_opens_unasked_is_no_part_of_the_answer(tmp_path, name):
+    """Llama 3's first template opens the assistant's next turn behind each conversation. Learnt as
+    the end of an answer, it would make a model answer without end."""
+    asked = loaded(tmp_path, chat_template=TURNS[name])
+    pairs = [("What is red?", text) for text in (*TYPED, "A rose.", " s", "ASSISTANT", "assistant")]
+    expected = [asked.encode_pair(*pair) for pair in pairs]
+    unasked = TURNS[name].replace("{% if add_generation_prompt %}", "{% if true %}")
+    tokenizer = loaded(tmp_path, chat_template=unasked)
+    assert [tokenizer.encode_pair(*pair) for pair in pairs] == expected
+
+
+@pytest.mark.parametrize("template", [TEMPLATES["json"], TEMPLATES["date"], ROLELESS, THINKING])
+def test_a_template_that_has_no_answer_behind_a_prompt_is_refused(tmp_path, template):
+    """It writes the first message alone, an answer as a user's turn, or a prompt otherwise as soon
+    as it is answered. One can still ask."""
+    tokenizer = loaded(tmp_path, chat_template=template)
+    with pytest.raises(
+        UserError, match=r"^the backbone's chat template puts no answer behind .*\Z"
+    ):
+        tokenizer.encode_pair("What is red?", "A rose.")
+    assert tokenizer.encode_prompt("What is red?")
 
 
 def test_the_templates_words_do_not_complete_the_users_markup(tmp_path):
@@ -319,6 +399,11 @@ FAILING = [
     ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "RecursionError"),
     ("{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2, "running after"),
     (TWICE + "{{ two(60) }}", "running after"),
+    ("{{ 'x' * 10**10 }}", "OverflowError"),
+    ("{{ 'x' * 9999999999 }}", "OverflowError"),
+    ("{{ 99 ** 99999999 }}", "OverflowError"),
+    ("{% for i in range(99) %}{{ 'x' * 999999 }}{% endfor %}", "OverflowError"),
+    ("{{ messages.append(1) }}", "SecurityError"),
 ]
 
 
