@@ -4,6 +4,7 @@ once, and every place is filled. Whatever is in the way of that is one error tha
 before time and memory are spent. The hub is never reached here.
 """
 
+import builtins
 import json
 import os
 import sys
@@ -32,9 +33,11 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
+from full_scale import checkpoints
 from full_scale.checkpoints import fetch, find_checkpoint, linear_layers, load_llada, random_llada
 from full_scale.configs import ARCHITECTURES, KNOWN, read_llada_config
 from full_scale.experts import ExpertLinear4bit, Linear4bit
+from lab import tools
 
 CONFIG = Path("config.json")
 EVERY = pytest.mark.parametrize("kind", SETTINGS)
@@ -114,9 +117,12 @@ INTEGERS = torch.ones(16, 32, dtype=torch.int8)
 FAULTS = {
     "a tensor is missing": (tensors({ROUTER: None}), [ROUTER, "1 tensors missing"]),
     "a tensor is left over": (tensors({"odd": torch.ones(2)}), ["1 not used", "odd"]),
-    "a tensor is turned": (tensors({ROUTER: torch.ones(32, 8)}), [ROUTER, "[32, 8]", "[8, 32]"]),
+    "a tensor is turned": (
+        tensors({ROUTER: torch.ones(32, 8)}),
+        [ROUTER, "shape [32, 8], but must have [8, 32]"],
+    ),
     "an expert is turned": (tensors({EXPERT: torch.ones(32, 16)}), [EXPERT, "[32, 16]"]),
-    "an expert is quantized": (tensors({EXPERT: INTEGERS}), [EXPERT, "I8"]),
+    "an expert is quantized": (tensors({EXPERT: INTEGERS}), [EXPERT, "of the type I8, not of F64"]),
     "a tensor is there twice": (head_in_two_shards, [HEAD, "already"]),
     "a shard is cut off": (lambda f: os.truncate(f / SHARD, 999), [SHARD, "download it again"]),
     "a shard is missing": (lambda f: (f / SHARD).unlink(), [SHARD, "is missing"]),
@@ -141,6 +147,38 @@ def test_a_spoilt_checkpoint_is_one_error_that_says_what_is_wrong(tmp_path, faul
     said = refused(load_llada, folder)
     assert str(folder) in said
     assert all(part in said for part in named), said
+
+
+def a_directory(path: Path, monkeypatch) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def a_file_of_another_user(path: Path, monkeypatch) -> None:
+    refusing = mock.Mock(side_effect=PermissionError(13, "Permission denied"))
+    monkeypatch.setattr(builtins, "open", refusing)
+
+
+def on_a_mount_without_mapping(path: Path, monkeypatch) -> None:
+    refusing = mock.Mock(side_effect=OSError("No such device (os error 19)"))
+    for module in (checkpoints, tools):
+        monkeypatch.setattr(module, "safe_open", refusing)
+
+
+@pytest.mark.parametrize(
+    "happens", [a_directory, a_file_of_another_user, on_a_mount_without_mapping]
+)
+def test_a_file_that_cannot_be_read_here_is_not_called_missing_or_damaged(
+    tmp_path, monkeypatch, happens
+):
+    """Nobody shall download 15 GB again, or delete a checkpoint, for a file that is in order: that
+    is not the user's, or lies where no file can be mapped into memory."""
+    path = write_checkpoint(tmp_path / "checkpoint", "llada") / "model.safetensors"
+    happens(path, monkeypatch)
+    for read in (checkpoints.tensor_names, tools.read_tensors):
+        said = refused(read, path)
+        assert said.startswith(f"{path} cannot be read here: ")
+        assert not any(word in said for word in ("download", "elete", "missing", "damaged"))
 
 
 NOT_NEEDED = """model_type n_kv_heads num_key_value_heads head_dim mask_token_id embedding_size
