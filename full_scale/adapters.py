@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from full_scale.checkpoints import linear_layers, published_name
+from full_scale.checkpoints import check_header, linear_layers, opened, published_name
 from full_scale.configs import Settings
 from lab.tools import read_json, read_tensors, save_tensors, write_json
 from model import Linear, Transformer, UserError
@@ -96,29 +96,36 @@ def read_settings(path: Path) -> tuple[int, float, float]:
     return settings.whole("r"), settings.real("lora_alpha"), dropout
 
 
+def fitting_places(model: Transformer, folder: Path) -> dict[str, Place]:
+    """The places of an adapter's tensors, each of which must have one, in its shape. Its header
+    alone is read, and of the model no weights: UserError says early what does not fit."""
+    rank, _, _ = read_settings(folder / "adapter_config.json")
+    path, every = folder / "adapter_model.safetensors", peft_places(model)
+    misfit = f"{path} does not fit this backbone"
+    with opened(path, "train or download it again") as file:
+        names = {*file.keys()}
+        matrices = {name.split(".lora_")[0] for name in names}
+        places = {name: every[name] for name in every if name.split(".lora_")[0] in matrices}
+        wrong = sorted(names ^ places.keys())
+        if wrong:
+            raise UserError(f"{misfit}: one of them has no {wrong[0][:200]}.")
+        if not names:
+            raise UserError(f"{misfit}: it is empty.")
+        for name, place in places.items():
+            *_, outputs, inputs = place.layer.shape
+            wanted = [rank, inputs] if place.letter == "A" else [outputs, rank]
+            check_header(file.get_slice(name), wanted, f"{misfit}: {name}")
+    return places
+
+
 def load_adapter(model: Transformer, folder: Path) -> list[str]:
     """An adapter, ours or one of PEFT's, as the model's outer LoRA. Returns the adapted layers.
 
-    Every tensor must have a place, in its shape. A layer, or an expert of a stack, that the adapter
-    leaves out keeps its weights: B = 0 there. UserError says what does not fit.
+    A layer, or an expert of a stack, that the adapter leaves out keeps its weights: B = 0 there.
     """
+    places = fitting_places(model, folder)
     rank, alpha, dropout = read_settings(folder / "adapter_config.json")
-    path = folder / "adapter_model.safetensors"
-    tensors, _ = read_tensors(path)
-    matrices = {name.split(".lora_")[0] for name in tensors}
-    every = peft_places(model)
-    places = {name: every[name] for name in every if name.split(".lora_")[0] in matrices}
-    misfit = f"{path} does not fit this backbone"
-    wrong = sorted(tensors.keys() ^ places.keys())
-    if wrong:
-        raise UserError(f"{misfit}: one of them has no {wrong[0][:200]}.")
-    if not tensors:
-        raise UserError(f"{misfit}: it is empty.")
-    for name, place in places.items():
-        *_, outputs, inputs = place.layer.shape
-        wanted = [rank, inputs] if place.letter == "A" else [outputs, rank]
-        if list(tensors[name].shape) != wanted:
-            raise UserError(f"{misfit}: {name} does not have the shape {wanted}.")
+    tensors, _ = read_tensors(folder / "adapter_model.safetensors")
     for layer in {place.layer for place in places.values()}:
         layer.add_lora(rank, alpha, dropout)
     for name, place in places.items():

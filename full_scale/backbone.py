@@ -7,24 +7,36 @@ adapter was trained for.
 """
 
 import argparse
+import hashlib
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import data
-from full_scale.adapters import load_adapter
-from full_scale.checkpoints import count, find_checkpoint, linear_layers, load_llada, random_llada
-from full_scale.configs import BACKBONES, llada_config
+from full_scale.adapters import fitting_places, load_adapter
+from full_scale.checkpoints import (
+    count,
+    find_checkpoint,
+    linear_layers,
+    load_llada,
+    on_meta,
+    random_llada,
+    tensor_files,
+)
+from full_scale.configs import BACKBONES, BackboneConfig, Settings, llada_config
 from full_scale.experts import Linear4bit
 from full_scale.tokenizer import Tokenizer, load_tokenizer
-from lab.tools import read_json, write_json
-from lab.variants import MOST_PASSES, paper_settings
+from lab.tools import Parser, read_json, whole, write_json
+from lab.variants import MOST_PASSES, loop_flags, paper_settings
 from model import Linear, Transformer, UserError
 from sample import Write
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+LARGE = 1 << 28  # bytes: of a file with more, a share is compared
 
 # The paper's inner loop (Sec. 4.1) as a run's settings have it: memory_rank, ..., and start_scale.
 PAPER = paper_settings()
@@ -45,10 +57,55 @@ def dtype_name(args: argparse.Namespace, device: str) -> str:
     return automatic if args.dtype == "auto" else args.dtype
 
 
-def architecture_of(args: argparse.Namespace) -> str:
-    """ "llada", "llada-moe" or "llada2", known before the weights are loaded."""
+def config_of(args: argparse.Namespace) -> BackboneConfig:
+    """The backbone's sizes, known before the weights are loaded."""
     name = args.backbone if args.random_weights else str(find_checkpoint(args.backbone))
-    return llada_config(name).architecture
+    return llada_config(name)
+
+
+def architecture_of(args: argparse.Namespace) -> str:
+    """ "llada", "llada-moe" or "llada2"."""
+    return config_of(args).architecture
+
+
+def files_of(args: argparse.Namespace) -> dict[str, str]:
+    """Digests that tell a backbone from another under its name."""
+    folder = Path(args.backbone) if args.random_weights else find_checkpoint(args.backbone)
+    small = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    found = {name: digest(folder / name) for name in small if (folder / name).exists()}
+    if not args.random_weights:
+        for path in sorted(set(tensor_files(folder).values())):
+            found[path.name] = weights_digest(path)
+    return found
+
+
+def digest(path: Path) -> str:
+    """Tells a file from another of its name, by all of its bytes."""
+    found = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                found.update(chunk)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}.") from None
+    return found.hexdigest()[:16]
+
+
+def weights_digest(path: Path) -> str:
+    """The same for a file of weights, which may have gigabytes: of a large one the header is read
+    and 64 KB from the middle of each tensor. A tensor that has changed as a whole shows."""
+    if path.stat().st_size < LARGE:
+        return digest(path)
+    found, part = hashlib.sha256(), 1 << 16
+    with open(path, "rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        found.update(header)
+        start, tensors = file.tell(), json.loads(header)
+        for name in sorted(tensors.keys() - {"__metadata__"}):
+            first, last = tensors[name]["data_offsets"]
+            file.seek(start + max(first, (first + last - part) // 2))
+            found.update(file.read(min(part, last - first)))
+    return found.hexdigest()[:16]
 
 
 def backbone_tokenizer(args: argparse.Namespace, plain: bool = False) -> Tokenizer:
@@ -61,20 +118,30 @@ def backbone_tokenizer(args: argparse.Namespace, plain: bool = False) -> Tokeniz
     return load_tokenizer(find_checkpoint(args.backbone), plain)
 
 
-def load_backbone(args, tokenizer: Tokenizer, device: str, spread=None) -> Transformer:
-    """The backbone, frozen and in eval mode. It must agree with the tokenizer about [MASK]."""
+def check_fit(args, tokenizer: Tokenizer, adapter: str | Path | None = None) -> None:
+    """Refuses, before weights are read, what does not go together: the backbone must agree with the
+    tokenizer about [MASK], and the adapter must fit."""
     if args.load_4bit and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("--load-4bit needs bitsandbytes: pip install bitsandbytes.")
-    load = random_llada if args.random_weights else load_llada
-    model = load(args.backbone, device, DTYPES[dtype_name(args, device)], args.load_4bit, spread)
-    model.requires_grad_(False)
-    rows, known = model.config.vocab_size, model.config.mask_id
+    config = config_of(args)
+    rows, known = config.vocab_size, config.mask_id
     if tokenizer.vocab_size > rows:
         text = f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding only {rows} rows"
         raise UserError(f"{args.backbone}: {text}.")
     if known not in (None, tokenizer.mask):
         text = f"[MASK] is {tokenizer.mask} in the tokenizer, {known} in config.json"
         raise UserError(f"{args.backbone}: {text}.")
+    if adapter:
+        trained_with(adapter)  # refuses one that does not belong where it lies
+        fitting_places(on_meta(config), Path(adapter))
+
+
+def load_backbone(args, tokenizer: Tokenizer, device: str, spread=None) -> Transformer:
+    """The backbone, frozen and in eval mode."""
+    check_fit(args, tokenizer)
+    load = random_llada if args.random_weights else load_llada
+    model = load(args.backbone, device, DTYPES[dtype_name(args, device)], args.load_4bit, spread)
+    model.requires_grad_(False)
     model.config.mask_id = tokenizer.mask
     if args.load_4bit:
         print("NF4", covered(model, lambda layer: isinstance(layer, Linear4bit)))
@@ -94,7 +161,6 @@ def covered(model: Transformer, has: Callable[[Linear], bool]) -> str:
 def add_adapter(model: Transformer, adapter: str | None) -> Transformer:
     """The model with the outer LoRA in that folder, if one is named."""
     if adapter:
-        trained_with(adapter)  # refuses one that does not belong where it lies
         layers = linear_layers(model)
         adapted = count(layers[name] for name in load_adapter(model, Path(adapter)))
         print(f"LoRA on {adapted} of {count(layers.values())} linear layers, from {adapter}")
@@ -134,4 +200,22 @@ def trained_with(adapter: str | None) -> dict:
         known = f"{name} {settings.get(name)}, but {config} says {run.get(name)}"
         advice = "move the adapter elsewhere, or train again"
         raise UserError(f"--adapter {adapter} was trained with {known}: {advice}.")
+    check_memory(settings, folder / "training.json")
     return PAPER | settings
+
+
+def check_memory(settings: dict, path: Path) -> None:
+    """Refuses settings of the memory, in a file that may come from others, that no flag takes."""
+    parser = Parser("")
+    loop_flags(parser.add_argument)
+    parser.add_argument("--max-length", type=whole(2))  # the window of our rule of writing
+    for name in (*PAPER, "max_length"):
+        if name in settings:
+            flag, value = f"--{name.replace('_', '-')}", settings[name]
+            try:
+                fine = getattr(parser.parse_args([f"{flag}={value}"]), name) == value
+            except UserError:
+                fine = False
+            if not fine or isinstance(value, bool):
+                wanted = f"a value that {flag} takes (memdlm.py --backbone NAME --help)"
+                raise Settings(settings, path).refuse(name, wanted)

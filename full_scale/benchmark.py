@@ -15,7 +15,6 @@ Reading list: RULER, arXiv 2404.06654; BABILong, arXiv 2406.10149; exposure bias
 """
 
 import argparse
-import hashlib
 from itertools import product
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from data import Example, collate
 from eval_niah import exposure_walk, mean_curve
 from full_scale import backbone, report
 from full_scale.babilong import find_babi
-from full_scale.checkpoints import find_checkpoint, tensor_files
 from full_scale.documents import DOCUMENTS, find_qa
 from full_scale.drafts import Style
 from full_scale.pairs import find_data, read_data, read_text
@@ -229,37 +227,12 @@ def show_prompts(args: argparse.Namespace, tokenizer, style: Style) -> None:
 # ---- what the answers depend on --------------------------------------------------------------
 
 
-def digest(path: Path, last: int = 1 << 60) -> str:
-    """Tells a file from another one of its name, by at most so many of its last bytes."""
-    found = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - last))
-            while chunk := file.read(1 << 20):
-                found.update(chunk)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}.") from None
-    return found.hexdigest()[:16]
-
-
-def backbone_files(args: argparse.Namespace) -> dict[str, str]:
-    """Digests that tell a checkpoint from another. Weights are large: of each file of them only the
-    last megabyte is read."""
-    folder = Path(args.backbone) if args.random_weights else find_checkpoint(args.backbone)
-    small = [folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
-    found = {path.name: digest(path) for path in small if path.exists()}
-    if not args.random_weights:
-        for path in sorted(set(tensor_files(folder).values())):
-            found[path.name] = digest(path, last=1 << 20)
-    return found
-
-
 def reader_settings(reader: Reader, adapter: Path | None) -> dict:
     """Which adapter a reader has, and how it writes prompts, field by field."""
     found = {}
     if adapter is not None:
         for name in ("adapter_model.safetensors", "adapter_config.json"):
-            found[name] = digest(adapter / name)
+            found[name] = backbone.digest(adapter / name)
     found |= {f"write {name}": value for name, value in reader.how.items()}
     return found
 
@@ -267,24 +240,24 @@ def reader_settings(reader: Reader, adapter: Path | None) -> dict:
 def task_settings(args: argparse.Namespace, task: str) -> dict:
     """What is read, and how answers are decoded, for one task."""
     if task == report.BIAS:
-        pairs = digest(find_data(args.data))
+        pairs = backbone.digest(find_data(args.data))
         return {"data": pairs, "max_length": args.max_length, "bias_steps": args.bias_steps}
     names = ("protocol", "steps", "block_length", "schedule", "threshold")
     names += ("edit_threshold", "cache")
     found = {name: getattr(args, name) for name in names}
     if args.haystack and task in WITH_ESSAY:
-        found["haystack"] = digest(Path(args.haystack))
+        found["haystack"] = backbone.digest(Path(args.haystack))
     if args.babi and task in WITH_STORIES:
-        found["babi"] = digest(find_babi(Path(args.babi), task.removeprefix("babilong_")))
+        found["babi"] = backbone.digest(find_babi(Path(args.babi), task.removeprefix("babilong_")))
     if task in DOCUMENTS:
-        found["qa"] = digest(find_qa(Path(args.qa), task))
+        found["qa"] = backbone.digest(find_qa(Path(args.qa), task))
     return found
 
 
 def settings_of(args, readers: list[Reader], adapters: dict, where: dict) -> dict[tuple, dict]:
     """SETTINGS_KEY -> what those answers depend on. where: the machine."""
     alike = {name: getattr(args, name) for name in ("backbone", "random_weights", "chat")}
-    alike |= where | backbone_files(args)
+    alike |= where | backbone.files_of(args)
     tasks = [*args.tasks, report.BIAS] if args.exposure_bias else args.tasks
     of_task, settings = {task: task_settings(args, task) for task in tasks}, {}
     for reader in readers:
@@ -373,6 +346,8 @@ def evaluate(args: argparse.Namespace, device: str) -> None:
         raise UserError(f"--chat: {args.backbone} has no chat template.")
     adapters, style = find_adapters(args.adapter or []), style_of(args, tokenizer)
     readers, cells = find_readers(args, adapters), find_cells(args, tokenizer, style)
+    for folder in (None, *adapters.values()):
+        backbone.check_fit(args, tokenizer, folder)
     where = tools.machine(
         device, backbone.dtype_name(args, device) + (", NF4" if args.load_4bit else "")
     )

@@ -26,6 +26,7 @@ from torch import Tensor
 from model import Fast, Transformer, UserError, attention_bias, rotary_angles
 
 VARIANTS = ("dual", "prefix")
+UNCACHED = "is not for --cfg-scale: its two passes differ everywhere."
 
 
 class CachedLogits:
@@ -43,7 +44,7 @@ class CachedLogits:
 
     def __call__(self, model, canvas, given, fast, cfg_scale, attention_mask, at) -> Tensor:
         if cfg_scale:
-            raise UserError("--cache is not for --cfg-scale: its two passes differ everywhere.")
+            raise UserError(f"--cache {UNCACHED}")
         start, stop = self.window(at)
         h = self.run(model, canvas, start, stop, attention_mask, fast)
         return model.head(h[at[:, start:stop]]).float()

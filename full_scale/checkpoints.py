@@ -20,6 +20,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -138,15 +139,25 @@ def fetch(repo: str, files: Iterable[str], kind: str = "model") -> Path:
     return folder
 
 
+@contextmanager
+def opened(path: Path, advice: str = "download it again") -> Iterator[safe_open]:
+    """A safetensors file to read from. One that may not be read, or not be mapped into memory as
+    on some mounts, is neither missing nor damaged."""
+    try:
+        with open(path, "rb"), safe_open(path, "pt") as file:  # whose errors call any file missing
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {advice}.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read here: {error}.") from None
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or cut off ({error}): {advice}.") from None
+
+
 def tensor_names(path: Path) -> list[str]:
     """The names in a safetensors file, which must be whole."""
-    if not path.exists():
-        raise UserError(f"{path} is missing: download it again.")
-    try:
-        with safe_open(path, "pt") as file:
-            return list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged or cut off ({error}): download it again.") from None
+    with opened(path) as file:
+        return list(file.keys())
 
 
 def read_index(index: Path) -> dict[str, Path]:
@@ -214,7 +225,7 @@ def read_in_place(model, places: dict, files: dict, dtype, device: str) -> Itera
     missing = Counter(ours for ours, _ in places.values())  # tensors still to come for each of ours
     begun: dict[str, Tensor] = {}
     for path in sorted(set(files.values())):
-        with safe_open(path, "pt") as file:
+        with opened(path) as file:
             for name in sorted(file.keys()):
                 ours, expert = places[name]
                 if ours not in begun:
@@ -249,15 +260,20 @@ def check_tensors(model: Transformer, places: dict, files: dict[str, Path], fold
         raise UserError(f"{folder}: {text}.")
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     for path in sorted(set(files.values())):
-        with safe_open(path, "pt") as file:
+        with opened(path) as file:
             for name in file.keys():
                 ours, expert = places[name]
                 wanted = shapes[ours] if expert is None else shapes[ours][1:]
-                header = file.get_slice(name)
-                shape, kind = header.get_shape(), header.get_dtype()
-                if shape != wanted or kind not in FLOATS:
-                    text = f"{name} is {kind} {shape}, not of a float type and {wanted}"
-                    raise UserError(f"{path}: {text}.")
+                check_header(file.get_slice(name), wanted, f"{path}: {name}")
+
+
+def check_header(header, wanted: list[int], what: str) -> None:
+    """Refuses a tensor (`file.get_slice(name)`) that has another shape, or is not of floats."""
+    shape, kind = header.get_shape(), header.get_dtype()
+    if kind not in FLOATS:
+        raise UserError(f"{what} is of the type {kind}, not of {', '.join(FLOATS)}.")
+    if shape != wanted:
+        raise UserError(f"{what} has the shape {shape}, but must have {wanted}.")
 
 
 def on_meta(config: BackboneConfig) -> Transformer:

@@ -7,12 +7,15 @@ its sizes and its tensors by names of its own. architectures.json, beside this f
   architectures.X.fixed     fields of BackboneConfig that are the same in all models of this kind
   architectures.X.sizes     our field -> the setting of config.json that it is read from
   architectures.X.switches  setting of config.json -> the values it may have, if it is there at all
+  architectures.X.read      settings that are read below, each in a way of its own
   architectures.X.modules   our module -> the published one; {i}: number of the layer, {x}: expert
+  ignored                   why -> settings that do not change what a forward pass gives
   backbones.X               a published model: where it is on the hub, and its config.json in short
 
 `read_llada_config` translates a config.json into a BackboneConfig. It trusts nothing: a size is
 checked before anything is computed from it, because a damaged file may ask for a billion layers,
-and a switch that is set to something this code would do in another way is refused.
+and a switch that is set to something this code would do in another way is refused. So is a setting
+that is not known here, unless it is off: it might change the model.
 
 Reading list
   LLaDA-8B    Nie et al. 2025, arXiv 2502.09992
@@ -54,6 +57,8 @@ class BackboneConfig(Config):
 FILE = Path(__file__).with_name("architectures.json")
 KNOWN = read_json(FILE)
 ARCHITECTURES = KNOWN["architectures"]
+IGNORED = {key for keys in KNOWN["ignored"].values() for key in keys}
+OFF = (None, False, [], {}, "")  # 0 is False here
 
 # Fields that config.json may leave out: kv_heads and head_dim are computed then, others keep their
 # default.
@@ -61,6 +66,8 @@ OPTIONAL = ("mask_id", "kv_heads", "head_dim", "rotary_fraction", "shared_ffn", 
 MAY_BE_ZERO = ("mask_id", "shared_ffn")
 LARGEST = {"layers": 1_000, "heads": 1_000, "kv_heads": 1_000, "experts": 10_000}
 LARGEST_OTHER = 10_000_000
+# Objects that hold the settings of RoPE, if they do not stand by themselves.
+ROPE = ("rope_parameters", "rope_scaling")
 
 
 class Settings(NamedTuple):
@@ -148,15 +155,54 @@ def find_architecture(settings: dict, tensor_names: Iterable[str], where: Path) 
     return "llada-moe" if experts else "llada"
 
 
+def with_plain_rope(values: dict, where: Path) -> dict:
+    """The settings with those of RoPE on their own level. transformers 5 saves them inside of
+    rope_parameters, which it called rope_scaling before; both may be there if they agree. Only
+    plain RoPE is known here: none whose angles are stretched for longer texts."""
+    flat = {key: value for key, value in values.items() if key not in ROPE}
+    for name in ROPE:
+        inner = values.get(name) or {}
+        if not isinstance(inner, dict):
+            raise not_supported(where, name, inner, "an object or null")
+        for key in ("rope_type", "type"):
+            if inner.get(key) not in (None, "default"):
+                raise not_supported(where, f"{name}: {key}", inner[key], "'default'")
+        for key, value in inner.items():
+            if key not in ("rope_theta", "partial_rotary_factor"):
+                if value not in (*OFF, "default"):
+                    raise not_supported(where, f"{name}: {key}", value, "null")
+            elif flat.get(key) is None:
+                flat[key] = value
+            elif value not in (None, flat[key]):
+                said = f"{flat[key]!r}, as it says elsewhere"
+                raise not_supported(where, f"{name}: {key}", value, said)
+    return flat
+
+
+def check_known(known: dict, values: dict, where: Path) -> None:
+    """Refuses a switch that is set otherwise than here, and any setting that is not known here."""
+    read = {"model_type", "rotary_dim", *known["read"], *known["sizes"].values()}
+    for key, value in values.items():
+        if key in known["switches"]:
+            if value not in known["switches"][key]:
+                only = " or ".join(map(repr, known["switches"][key]))
+                raise not_supported(where, key, value, only)
+        elif key not in read | IGNORED and value not in OFF:
+            said = f"{where}: {key[:200]} = {reprlib.repr(value)} is not known here"
+            raise UserError(f"{said}, and may change the model: take it out if it does not.")
+
+
+def not_supported(where: Path, key: str, value: object, only: str) -> UserError:
+    """The error for a setting by which this code would be another model."""
+    return UserError(f"{where}: {key} = {reprlib.repr(value)} is not supported (only {only}).")
+
+
 def read_llada_config(values: dict, tensor_names: Iterable[str], where: Path) -> BackboneConfig:
     """config.json -> BackboneConfig. where: the file that an error names."""
     architecture = find_architecture(values, tensor_names, where)
-    known, settings = ARCHITECTURES[architecture], Settings(values, where)
-    for key, supported in known["switches"].items():
-        if key in values and values[key] not in supported:
-            value, only = reprlib.repr(values[key]), " or ".join(map(repr, supported))
-            raise UserError(f"{where}: {key} = {value} is not supported (only {only}).")
-    names = known["sizes"]
+    known, values = ARCHITECTURES[architecture], with_plain_rope(values, where)
+    check_known(known, values, where)
+    names, settings = known["sizes"], Settings(values, where)
     if architecture == "llada" and not settings.has("embedding_size"):
         names = names | {"vocab_size": "vocab_size"}  # the embedding may have rows to spare
     sizes = read_sizes(settings, names)
@@ -185,7 +231,7 @@ def check_together(config: BackboneConfig, settings: Settings) -> None:
     turned = int(config.head_dim * config.rotary_fraction)
     need(0 < turned <= config.head_dim, "RoPE turns no channel of a head, or too many")
     need(turned % 2 == 0, "RoPE turns an odd number of channels")
-    same = settings.values.get("rotary_dim", turned) == turned
+    same = settings.values.get("rotary_dim") in (None, turned)
     need(same, "rotary_dim contradicts partial_rotary_factor")
     groups, kept = config.router_groups, config.router_groups_kept
     need(config.experts % groups == 0, "the groups of experts are not of one size")

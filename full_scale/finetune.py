@@ -107,8 +107,9 @@ def checkpoint_activations(model: Transformer) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def make_phase(args, model: Transformer, train_set: list, held_out: list, collate) -> Phase:
-    """The training run that the flags describe, for `training.train`. collate: pairs -> Batch."""
+def make_phase(args, model, train_set: list, held_out: list, collate, settings: dict) -> Phase:
+    """The training run that the flags describe, for `training.train`. collate: pairs -> Batch.
+    settings: what a checkpoint must have been trained with."""
     rank, world = processes()
     per_epoch = math.ceil(len(train_set) / args.batch)
     steps = args.steps or math.ceil(args.epochs * per_epoch / (args.accumulate * world))
@@ -140,11 +141,21 @@ def make_phase(args, model: Transformer, train_set: list, held_out: list, collat
         rate_at=cosine_rate(args.lr, steps, args.warmup),
         losses_at=losses_at,
         clip=args.clip,
-        identity={**tools.settings(args), "processes": world, "pairs": pairs},
+        identity={**settings, "processes": world, "pairs": pairs},
         log_at=log_at,
         betas=(0.9, 0.999),
         theta_only=True,
     )
+
+
+def check_files(out: Path, files: dict[str, str], args: argparse.Namespace) -> None:
+    """Refuses to go on with a run where the backbone's files are others than it was begun with."""
+    run = tools.read_config(out, "backbone") if args.resume else {}
+    known = run.get("files", {}) if run.get("backbone") == args.backbone else files
+    for name in {**known, **files}:
+        if known.get(name) != files.get(name):
+            run = f"the one that the run in {out} was started with: name another folder"
+            raise UserError(f"--resume: {name} of {args.backbone} is not {run}.")
 
 
 def fine_tune(args: argparse.Namespace, device: str) -> None:
@@ -157,8 +168,10 @@ def fine_tune(args: argparse.Namespace, device: str) -> None:
     train_set, held_out = split_pairs(pairs)
     counts = f"{len(train_set)} pairs to train on, {len(held_out)} held out"
     print(f"{counts}, {dropped} longer than {args.max_length} tokens left out")
+    settings = tools.settings(args) | {"files": backbone.files_of(args)}
     if rank == 0:
-        tools.start_run(out, tools.settings(args), args.resume)
+        check_files(out, settings["files"], args)
+        tools.start_run(out, settings, args.resume)
     model = backbone.load_backbone(args, tokenizer, device, spread if args.shard else None)
     lora = {"rank": args.lora_rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
     add_outer_lora(model, **lora, generator=generator_for(args.seed, "lora"))
@@ -166,15 +179,17 @@ def fine_tune(args: argparse.Namespace, device: str) -> None:
     if args.checkpoint_activations:
         checkpoint_activations(model)
     to_batch = partial(collate, device=device, eos=tokenizer.eos, pads=args.pads)
-    phase = make_phase(args, model, train_set, held_out, to_batch)
+    phase = make_phase(args, model, train_set, held_out, to_batch, settings)
+    if args.lr and not any(map(phase.rate_at, range(phase.steps))):
+        print("warning: the only step has the warm-up's rate 0 and trains nothing: add --warmup 0")
     meta = train(model, phase, out, args.save_every, chief=rank == 0)
     if rank > 0:
         return
-    backbone.note_training(out / "adapter", tools.settings(args))
+    backbone.note_training(out / "adapter", settings)
     base = BACKBONES[args.backbone].repo if args.backbone in BACKBONES else args.backbone
     save_adapter(model, out / "adapter", **lora, base=base)
     results = {
-        "config": tools.settings(args),
+        "config": settings,
         "machine": tools.machine(device, backbone.dtype_name(args, device)),
         "processes": world,
         "pairs": {"train": len(train_set), "held_out": len(held_out)},

@@ -48,7 +48,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from full_scale import backbone
-from full_scale.benchmark import backbone_files, reader_settings
+from full_scale.benchmark import reader_settings
 from full_scale.predictions import Reader
 from full_scale.processes import from_all, processes, together
 from full_scale.samplers import sampler_flags, sampler_for
@@ -112,17 +112,18 @@ class MemDLM(LM):
             raise UserError(f"--chat: {args.backbone} has no chat template.")
         self.architecture = backbone.architecture_of(args)
         self.sampler(args.block_length or 1)  # faults in the flags show before the weights are read
-        model = backbone.load_backbone(args, self.tokenizer, self._device)
-        self.model = backbone.add_adapter(model, args.adapter)
         trained = backbone.trained_with(args.adapter)
         self.write = Write(memory_of(trained))
+        backbone.check_fit(args, self.tokenizer, args.adapter)
+        model = backbone.load_backbone(args, self.tokenizer, self._device)
+        self.model = backbone.add_adapter(model, args.adapter)
         self.how = backbone.write_settings(self.write, trained) if args.memory else {}
         self.written = (None, None)  # the last context that was written, and its memory
 
     def set_cache_hook(self, hook) -> None:
         """--use_cache: the harness's key is the request alone, so other models are refused here."""
         adapter = Path(self.args.adapter) if self.args.adapter else None
-        known = vars(self.args) | backbone_files(self.args)
+        known = vars(self.args) | backbone.files_of(self.args)
         known = json.dumps(
             known | reader_settings(Reader("", "", None, self.how), adapter), default=str
         )

@@ -83,6 +83,8 @@ def read_data(source: str, tokenizer, max_length: int) -> tuple[list[Example], i
         except UserError as error:  # a chat template may refuse a text
             raise UserError(f"{place}: {error}") from None
         pairs.append(Example(*ids))
+    if not pairs:
+        raise UserError(f"{source} has not a single pair (those without a response do not count).")
     kept = [pair for pair in pairs if len(pair.prompt) + len(pair.response) <= max_length]
     if not kept:
         raise UserError(f"{source}: none of {len(pairs)} pairs has at most {max_length} tokens.")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from full_scale import backbone
-from full_scale.cache import VARIANTS, cached
+from full_scale.cache import UNCACHED, VARIANTS, cached
 from lab.ask import answer_flags, answer_prompt, decoding_flags
 from lab.tools import Parser, pick_device, real, whole
 from lab.variants import memory_of
@@ -74,6 +74,9 @@ def dllm_blocks(length: int, steps=None, block_length=None) -> list[Block]:
 
 SCHEDULES = {"llada": plan_blocks, "dllm": dllm_blocks}
 
+UNGUIDED = "is not for LLaDA2, whose block sampler has no guidance."
+GREEDY = "is greedy and reads one prompt: no --temperature or cfg."
+
 # ---- LLaDA2's block sampler ------------------------------------------------------------------
 
 
@@ -93,7 +96,7 @@ def generate_llada2(
     and a threshold of 0.95, as published. options: the others of `generate`.
     """
     if options.get("cfg_scale"):
-        raise UserError("--cfg-scale is not for LLaDA2, whose block sampler has no guidance.")
+        raise UserError(f"--cfg-scale {UNGUIDED}")
     size = block_length or 32
     quotas = commit_schedule(size, min(steps or 32, size, length))
     options["threshold"] = 0.95 if threshold is None else threshold
@@ -145,7 +148,7 @@ def generate_editing(
     its block. temperature and cfg_scale must be 0, generator is not used: it is greedy.
     """
     if temperature or cfg_scale or len(prompts) > 1:
-        raise UserError("--edit-threshold is greedy and reads one prompt: no --temperature or cfg.")
+        raise UserError(f"--edit-threshold {GREEDY}")
     mask, width, canvas = model.config.mask_id, prompts.shape[1], prompts
     thresholds = (0.95 if threshold is None else threshold, edit_threshold)
     for start in range(width // block_length * block_length, width + length, block_length):
@@ -209,6 +212,16 @@ def sampler_for(args: Namespace, architecture: str, length: int, eos: int) -> Ca
     return cached(sampler, args.cache, grid=size) if args.cache else sampler
 
 
+def check_choice(args: Namespace, architecture: str) -> None:
+    """Refuses, before weights are read, ways of choosing tokens that a sampler does not have."""
+    if args.edit_threshold is not None and (args.temperature or args.cfg_scale):
+        raise UserError(f"--edit-threshold {GREEDY}")
+    if args.cfg_scale and architecture == "llada2":
+        raise UserError(f"--cfg-scale {UNGUIDED}")
+    if args.cfg_scale and args.cache:
+        raise UserError(f"--cache {UNCACHED}")
+
+
 def run(arguments: list[str]) -> None:
     """`sample.py --backbone`."""
     parser = Parser("Answers a prompt with a real backbone.")
@@ -222,9 +235,14 @@ def run(arguments: list[str]) -> None:
     sampler_flags(flag)
     args = parser.parse_args(arguments)
     device, tokenizer = pick_device(args.device), backbone.backbone_tokenizer(args, args.plain)
-    answer = sampler_for(args, backbone.architecture_of(args), args.length, tokenizer.eos)
+    architecture = backbone.architecture_of(args)
+    answer = sampler_for(args, architecture, args.length, tokenizer.eos)
+    check_choice(args, architecture)
+    if not tokenizer.encode_prompt(args.prompt):
+        raise UserError("--prompt is empty.")
     trained = backbone.trained_with(args.adapter)
     write = Write(memory_of(trained))
+    backbone.check_fit(args, tokenizer, args.adapter)
     with redirect_stdout(sys.stderr) if args.quiet else nullcontext():
         model = backbone.add_adapter(backbone.load_backbone(args, tokenizer, device), args.adapter)
         if args.memory:

@@ -77,7 +77,7 @@ def run_flags(flag: Callable) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether there was no room. A CPU's allocator raises a RuntimeError like any other."""
-    signs = "out of memory|n't allocate memory|not enough memory|calculation overflow|is too big"
+    signs = "out of memory|allocate memory|not enough memory|calculation overflow|is too big"
     return isinstance(error, MemoryError) or re.search(signs, str(error)) is not None
 
 
@@ -87,16 +87,15 @@ def guarded(run: Callable[[], None]) -> None:
         return run()
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as error:
-        line = str(error)
     except KeyboardInterrupt:
         print("interrupted; what was saved is kept.", file=sys.stderr)
         sys.exit(130)
-    except (RuntimeError, MemoryError, ValueError) as error:
-        if not out_of_memory(error):
+    except (UserError, OSError, RuntimeError, MemoryError, ValueError) as error:
+        line = str(error).partition("\n")[0]
+        if out_of_memory(error):
+            line = f"out of memory ({line}): lower the batch, the length or the rank."
+        elif not isinstance(error, (UserError, OSError)):
             raise
-        reason = str(error).partition("\n")[0]
-        line = f"out of memory ({reason}): lower the batch, the length or the rank."
     print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
 
@@ -120,8 +119,8 @@ def start(program: str, arguments: list[str] | None = None) -> None:
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if name.startswith(f"{error.name}."):  # a folder that was deleted
-                reason = f"the folder {error.name}/, which is not here"
+            if f"{name}.".startswith(f"{error.name}."):  # a folder that was deleted, or emptied
+                reason = f"the folder {name.partition('.')[0]}/, which is not here"
             else:
                 folder = "full_scale/" if flag == "--backbone" else ""
                 reason = f"{error.name}: pip install -r {folder}requirements.txt"
@@ -160,18 +159,23 @@ def written_aside(path: Path) -> Iterator[Path]:
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file."""
     with written_aside(path) as aside:
+        aside.touch()  # for the mode that the umask gives: safetensors' own files are 0600
+        mode = aside.stat().st_mode
         save_file(tensors, aside, metadata)
+        aside.chmod(mode)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file and its metadata. Nothing is unpickled."""
-    if not path.exists():
-        raise UserError(f"there is no file {path}: it is not trained, or not yet.")
     try:
-        with safe_open(path, "pt") as file:
+        with open(path, "rb"), safe_open(path, "pt") as file:  # whose errors call any file missing
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}. Delete it to make it again.") from None
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}: it is not trained, or not yet.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read here: {error}.") from None
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it to make it again.") from None
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:

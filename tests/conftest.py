@@ -14,18 +14,20 @@ from memdlm import Anchor, Memory, Stage, two_stages
 from model import Config, Transformer
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parents[1]
 
 
 def pytest_addoption(pluginmanager):
     """--student, where the exercises are (exercises/checks.py)."""
-    if (Path(__file__).parents[1] / "exercises").exists():
+    if (ROOT / "exercises").exists():
         pluginmanager.import_plugin("exercises.checks")
 
 
 def pytest_terminal_summary(terminalreporter, config):
     """Plain `python -m pytest` leaves tests/full_scale out: it says how to run them."""
     named = any("full_scale" in argument for argument in config.args)
-    if not named and not config.getoption("student", None):
+    there = (Path(__file__).parent / "full_scale").exists() and (ROOT / "full_scale").exists()
+    if there and not named and not config.getoption("student", None):
         install = "pip install -r full_scale/requirements.txt -r tests/requirements.txt"
         run = "python -m pytest tests/full_scale"
         terminalreporter.write_line(f"full-scale tests: {install} && {run}")

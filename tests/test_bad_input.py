@@ -3,6 +3,7 @@ test_bad_input.py: whatever a user gets wrong, each program says in one line tha
 exits with 2, and loses nothing.
 """
 
+import os
 import re
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ from running import ASKED, PROMPT, SEVERAL, TINY, copy_of_finished, finished, re
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lab.tools import start
+from lab.tools import guarded, save_tensors, start, write_text
+from model import UserError
 
 USUAL = {
     "memdlm": "--tiny --out {out}",
@@ -149,10 +151,50 @@ def test_help_ends_well_and_shows_no_default_of_none(capsys, program):
 
 @pytest.mark.parametrize("program", USUAL)
 def test_backbone_without_full_scale_gets_one_line(capsys, monkeypatch, program):
-    """Where the folder was deleted, or one of its packages is not installed."""
-    for name in ("full_scale", *[name for name in sys.modules if name.startswith("full_scale.")]):
+    """Where the folder was deleted, or emptied but for what Python has cached there: no package to
+    install would help."""
+    names = ["full_scale", *[name for name in sys.modules if name.startswith("full_scale.")]]
+    for name in names:
         monkeypatch.setitem(sys.modules, name, None)
-    assert "full_scale" in refusal(capsys, program, "--backbone", "llada-moe")
+    said = "needs the folder full_scale/, which is not here"
+    assert said in refusal(capsys, program, "--backbone", "llada-moe")
+    for name in names[1:]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "full_scale", SimpleNamespace(__path__=[], __spec__=None))
+    assert said in refusal(capsys, program, "--backbone", "llada-moe")
+
+
+NO_ROOM = [
+    RuntimeError("unable to mmap 9 bytes from file <a>: Cannot allocate memory (12)"),
+    OSError(12, "Cannot allocate memory"),
+    UserError("a cannot be read here: Cannot allocate memory (os error 12)."),
+    MemoryError("Cannot allocate memory (os error 12)"),
+]
+
+
+@pytest.mark.parametrize("error", NO_ROOM, ids=lambda error: type(error).__name__)
+def test_the_kernels_own_words_for_a_lack_of_memory_are_known(capsys, error):
+    """So says a file of weights that is larger than `ulimit -v` allows, by way of several
+    libraries."""
+
+    def run() -> None:
+        raise error
+
+    said = refusal(capsys, lambda arguments: guarded(run))
+    assert said.startswith("error: out of memory (")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_can_be_read_by_those_whom_the_umask_lets(tmp_path, umask):
+    """Checkpoints and adapters, too, whose library makes files for their owner alone."""
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "text", "text")
+        save_tensors(tmp_path / "tensors", {"one": torch.ones(1)}, {})
+    finally:
+        os.umask(before)
+    for path in tmp_path.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path.name
 
 
 DOORS = [("memdlm", "finetune"), ("sample", "samplers"), ("eval_niah", "benchmark")]

@@ -4,18 +4,24 @@ and we in its files those that it trained.
 """
 
 import json
+import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from backbones import SETTINGS, add_random_lora, random_tensors, refused, toy_model
+from commands import checkpoints, refusal
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from toys import toys
 from transformers import PretrainedConfig, PreTrainedModel
 
+from full_scale import backbone
 from full_scale.adapters import load_adapter, save_adapter
+from full_scale.backbone import note_training
 from full_scale.checkpoints import count, linear_layers, published_name
 from model import Transformer
 
@@ -166,7 +172,9 @@ FAULTS = [
     ({"r": 10**7}, {}, "does not fit this backbone"),
     ({"lora_alpha": float("nan")}, {}, "lora_alpha = nan"),
     ({"lora_dropout": 1}, {}, "lora_dropout = 1"),
-    ({}, {NAME: torch.ones(RANK, 7)}, NAME),
+    ({}, {NAME: torch.ones(RANK, 7)}, f"{NAME} has the shape [4, 7], but must have [4, 32]"),
+    ({}, {NAME: ONES.int()}, f"{NAME} is of the type I32, not of F64"),
+    ({}, {NAME: ONES.bool()}, f"{NAME} is of the type BOOL, not of F64"),
     ({}, {NAME: None}, NAME),
     ({}, {HEAD: ONES}, "lm_head"),
     ({}, {EXPERT: ONES}, "experts.8"),
@@ -187,3 +195,66 @@ def test_what_does_not_fit_is_one_error(tmp_path, settings, tensors, named):
     said = refused(load_adapter, toy_model("llada-moe", torch.float32), tmp_path)
     assert str(tmp_path) in said
     assert named in said
+
+
+PROGRAMS = {
+    "sample": f"--backbone {toys() / 'llada'} --prompt x --device cpu",
+    "eval_niah": f"--backbone {toys() / 'llada'} --out {toys() / 'none'} --tasks niah_single_1 "
+    "--lengths 330 --samples 1 --device cpu",
+}
+
+
+def early(program: str, flags: list, capsys) -> str:
+    """What a program says that must refuse before it reads any weights."""
+    read = mock.Mock(side_effect=AssertionError("it went on to read the weights"))
+    with mock.patch.object(backbone, "load_llada", read):
+        return refusal(program, flags, capsys)
+
+
+WRONG = {
+    "memory_rank": [0, "x", "4", 1.5, True, None, [4]],
+    "memory_steps": [0, 1_000_000_000, 1e9],
+    "memory_epochs": [1_000_000_000],
+    "memory_lr": [-1, float("nan"), float("inf"), "0.1"],
+    "memory_fraction": [None, 0, 2],
+    "memory_strategy": ["random", None, {}],
+    "memory_loss": ["mse"],
+    "start_scale": [0.5],
+    "max_length": [0, -5, "long"],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_settings_beside_an_adapter_are_checked_as_flags_are(tmp_path, capsys, name):
+    """training.json comes from others: a wrong one is a line that names it, before anything is
+    loaded, and not a traceback, an endless loop, or a memory that nobody has asked for."""
+    adapter = Path(shutil.copytree(toys() / "memdlm", tmp_path / "adapter"))
+    for value in WRONG[name]:
+        note_training(adapter, {"method": "memdlm", name: value})
+        for program, flags in PROGRAMS.items():
+            said = early(program, [*flags.split(), "--adapter", adapter, "--memory"], capsys)
+            assert f"training.json: {name} = " in said, value
+
+
+def test_an_adapter_that_cannot_be_used_is_said_before_any_weights_are_read(tmp_path, capsys):
+    """Not after the row of the base, which may have taken hours."""
+    adapter = Path(shutil.copytree(toys() / "memdlm", tmp_path / "adapter"))
+    save_adapter(add_random_lora(toy_model("llada2", torch.float32), 4), adapter, 4, 8.0, 0.0, "b")
+    for program, usual in PROGRAMS.items():
+        said = early(program, [*usual.split(), "--adapter", adapter], capsys)
+        assert "does not fit this backbone" in said
+
+
+TOO_MUCH = {
+    "--cache --cfg-scale 1": "--cache is not for --cfg-scale",
+    "--plain --prompt=": "--prompt is empty",
+}
+
+
+@pytest.mark.parametrize("flags", TOO_MUCH)
+def test_what_sample_cannot_do_is_said_before_any_weights_are_read(capsys, flags):
+    usual = [*PROGRAMS["sample"].split(), *flags.split()]
+    assert TOO_MUCH[flags] in early("sample", usual, capsys)
+    for more in ("--cfg-scale 1", "--edit-threshold 0.9 --temperature 1"):
+        usual = ["--backbone", checkpoints()["llada2"], "--prompt", "x", *more.split()]
+        assert more.split()[0] in early("sample", usual, capsys)

@@ -268,7 +268,7 @@ BAD = {
     "--memory --write surprise --anchor-ratio 0.1 0.2": "--anchor-ratio needs --write paper",
     "--adapter {}/mdlm mdlm={}/memdlm": "mdlm and .*memdlm are both of mdlm",
     "--adapter {tmp}/peft": "say what trained it, mdlm=.*or memdlm=",
-    f"{ONE} --adapter memdlm={{}}/absent": "cannot read .*absent/adapter_model.safetensors",
+    f"{ONE} --adapter memdlm={{}}/absent": "adapter_config.json is missing in .*absent",
     "--backbone {}/absent": "absent",
     f"{ONE} --block-length 2": "--steps",
     f"{ONE} --backbone {{}}/llada2 --schedule dllm": "--schedule is not for LLaDA2",

@@ -15,11 +15,11 @@ import pytest
 import torch
 from backbones import SETTINGS, add_random_lora, toy_batch, toy_model
 from commands import StoppedError, adapter_of, checkpoints, contents, refusal, results, run_python
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_processes import LAUNCH
 from torch.autograd.graph import saved_tensors_hooks
 
-from full_scale import finetune
+from full_scale import backbone, finetune
 from full_scale.adapters import load_adapter, save_adapter
 from full_scale.checkpoints import add_outer_lora, count, linear_layers, load_llada
 from full_scale.pairs import collate, read_data, split_pairs
@@ -238,6 +238,40 @@ def test_a_run_goes_on_only_as_it_was_started(tuned, tmp_path, capsys):
         assert f"was trained with {name} {value}" in said
 
 
+CHANGED = {
+    "a tensor in the middle": lambda name, tensor: tensor + ("layers.1.mlp.gate.weight" in name),
+    "all tensors": lambda name, tensor: 1.5 * tensor,
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+@pytest.mark.parametrize("large", [1, 1 << 28], ids=["sampled", "whole"])
+def test_a_run_does_not_go_on_with_other_weights(tmp_path, capsys, monkeypatch, change, large):
+    """An adapter that was begun on one backbone and went on upon another would belong to neither.
+    Large files are compared by a share of each tensor. It shows before the weights are read."""
+    monkeypatch.setattr(backbone, "LARGE", large)
+    monkeypatch.setattr(backbone, "load_llada", mock.Mock(side_effect=StoppedError))
+    toy = Path(shutil.copytree(checkpoints()["llada-moe"], tmp_path / "toy"))
+    flags = ["--backbone", toy]
+    with pytest.raises(StoppedError):
+        tune(tmp_path / "run", *flags)
+    with pytest.raises(StoppedError):  # the same backbone may go on
+        tune(tmp_path / "run", *flags, "--resume")
+    path = toy / "model.safetensors"
+    changed = {name: CHANGED[change](name, tensor) for name, tensor in load_file(path).items()}
+    save_file(changed, path, {"format": "pt"})
+    said = refusal("memdlm", command(tmp_path / "run", *flags, "--resume"), capsys)
+    assert f"model.safetensors of {toy} is not the one that the run" in said
+
+
+def test_a_step_at_rate_0_is_said(tmp_path, capsys):
+    """The published schedule begins at rate 0: a run of one step trains nothing."""
+    tune(tmp_path / "one", "--steps", 1)
+    assert "rate 0 and trains nothing" in capsys.readouterr().out
+    tune(tmp_path / "trained", "--steps", 1, "--warmup", 0)
+    assert "trains nothing" not in capsys.readouterr().out
+
+
 # Each process notes its share of the layers' weights. Every file of a run is written aside and
 # renamed; the second process must not even try.
 OBSERVED = """
@@ -293,6 +327,7 @@ REFUSED = [
     ("--resume", "there is no run in"),
     ("--backbone llada-9b --random-weights", "llada-9b is neither llada-8b"),
     ("--lora-rank 100000000000000000", "out of memory"),
+    ("--memory-steps 1001", "1001 is not from 1 to 1000"),
 ]
 
 

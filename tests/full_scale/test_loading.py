@@ -4,6 +4,7 @@ once, and every place is filled. Whatever is in the way of that is one error tha
 before time and memory are spent. The hub is never reached here.
 """
 
+import builtins
 import json
 import os
 import sys
@@ -30,10 +31,13 @@ from commands import run_python
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
+from transformers import PretrainedConfig
 
+from full_scale import checkpoints
 from full_scale.checkpoints import fetch, find_checkpoint, linear_layers, load_llada, random_llada
-from full_scale.configs import ARCHITECTURES, read_llada_config
+from full_scale.configs import ARCHITECTURES, KNOWN, read_llada_config
 from full_scale.experts import ExpertLinear4bit, Linear4bit
+from lab import tools
 
 CONFIG = Path("config.json")
 EVERY = pytest.mark.parametrize("kind", SETTINGS)
@@ -113,9 +117,12 @@ INTEGERS = torch.ones(16, 32, dtype=torch.int8)
 FAULTS = {
     "a tensor is missing": (tensors({ROUTER: None}), [ROUTER, "1 tensors missing"]),
     "a tensor is left over": (tensors({"odd": torch.ones(2)}), ["1 not used", "odd"]),
-    "a tensor is turned": (tensors({ROUTER: torch.ones(32, 8)}), [ROUTER, "[32, 8]", "[8, 32]"]),
+    "a tensor is turned": (
+        tensors({ROUTER: torch.ones(32, 8)}),
+        [ROUTER, "shape [32, 8], but must have [8, 32]"],
+    ),
     "an expert is turned": (tensors({EXPERT: torch.ones(32, 16)}), [EXPERT, "[32, 16]"]),
-    "an expert is quantized": (tensors({EXPERT: INTEGERS}), [EXPERT, "I8"]),
+    "an expert is quantized": (tensors({EXPERT: INTEGERS}), [EXPERT, "of the type I8, not of F64"]),
     "a tensor is there twice": (head_in_two_shards, [HEAD, "already"]),
     "a shard is cut off": (lambda f: os.truncate(f / SHARD, 999), [SHARD, "download it again"]),
     "a shard is missing": (lambda f: (f / SHARD).unlink(), [SHARD, "is missing"]),
@@ -142,13 +149,45 @@ def test_a_spoilt_checkpoint_is_one_error_that_says_what_is_wrong(tmp_path, faul
     assert all(part in said for part in named), said
 
 
+def a_directory(path: Path, monkeypatch) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def a_file_of_another_user(path: Path, monkeypatch) -> None:
+    refusing = mock.Mock(side_effect=PermissionError(13, "Permission denied"))
+    monkeypatch.setattr(builtins, "open", refusing)
+
+
+def on_a_mount_without_mapping(path: Path, monkeypatch) -> None:
+    refusing = mock.Mock(side_effect=OSError("No such device (os error 19)"))
+    for module in (checkpoints, tools):
+        monkeypatch.setattr(module, "safe_open", refusing)
+
+
+@pytest.mark.parametrize(
+    "happens", [a_directory, a_file_of_another_user, on_a_mount_without_mapping]
+)
+def test_a_file_that_cannot_be_read_here_is_not_called_missing_or_damaged(
+    tmp_path, monkeypatch, happens
+):
+    """Nobody shall download 15 GB again, or delete a checkpoint, for a file that is in order: that
+    is not the user's, or lies where no file can be mapped into memory."""
+    path = write_checkpoint(tmp_path / "checkpoint", "llada") / "model.safetensors"
+    happens(path, monkeypatch)
+    for read in (checkpoints.tensor_names, tools.read_tensors):
+        said = refused(read, path)
+        assert said.startswith(f"{path} cannot be read here: ")
+        assert not any(word in said for word in ("download", "elete", "missing", "damaged"))
+
+
 NOT_NEEDED = """model_type n_kv_heads num_key_value_heads head_dim mask_token_id embedding_size
 num_shared_experts partial_rotary_factor moe_router_enable_expert_bias""".split()
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_setting_that_this_code_does_not_have_is_named(kind):
-    """An unknown activation, rope scaling, clip_qkv, ...: never a silent default. What the code
+    """An unknown activation, clip_qkv, ...: never a silent default. What the code
     does is accepted, and so is a config.json without the key. A size must be there and be one:
     nothing is assumed about it, and no damaged number is computed with."""
     names = ["layers.0.mlp.experts.0.up_proj.weight"] if kind == "llada-moe" else []
@@ -170,6 +209,106 @@ def test_a_setting_that_this_code_does_not_have_is_named(kind):
         for bad in ["64", -1, None, [2], {}, float("nan"), float("inf"), 1e30, 10**30, "x" * 5000]:
             said = refused(read_llada_config, without | {key: bad}, names, CONFIG)
             assert said.startswith(f"config.json: {key} = "), bad
+
+
+# Which settings of a config.json are read for their value, by architecture and for all of them.
+READ = {
+    "llada": "embedding_size vocab_size d_model n_layers n_heads n_kv_heads mlp_hidden_size",
+    "llada-moe": """vocab_size hidden_size num_hidden_layers num_attention_heads head_dim
+        num_key_value_heads num_experts num_experts_per_tok moe_router_enable_expert_bias
+        qk_layernorm dense_intermediate_size expert_intermediate_size moe_layer_freq
+        shared_expert_intermediate_size""",
+    "llada2": """vocab_size hidden_size num_hidden_layers num_attention_heads head_dim
+        num_key_value_heads num_experts num_experts_per_tok moe_router_enable_expert_bias
+        use_qk_norm intermediate_size moe_intermediate_size n_group topk_group
+        routed_scaling_factor first_k_dense_replace num_shared_experts""",
+}
+READ_BY_ALL = "model_type mask_token_id rms_norm_eps rope_theta partial_rotary_factor rotary_dim"
+ROPE = ["rope_parameters", "rope_scaling"]  # as is what stands inside of these
+# Settings of related models that change what they compute.
+OTHERS = """sliding_window layer_types rotary_pct rope_interleaved embedding_layer_norm norm_after
+attention_multiplier logits_scaling residual_multiplier final_logit_softcapping is_causal is_decoder
+quantization_config pruned_heads per_layer_config num_nextn_predict_layers attention_dropout
+embedding_dropout residual_dropout output_dropout add_cross_attention zero_expert_num""".split()
+ODD = [True, 1, 0.5, "odd", [1], {"odd": 1}]
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_setting_is_read_or_without_effect_or_refused_by_name(kind):
+    """There is no fourth kind. Those in "ignored" stand there for a reason, and change no field;
+    one that nobody has heard of may be off, but must not be on: it could be what the model needs.
+    That holds for the names that another architecture has for its own settings, too."""
+    plain, known = SETTINGS[kind], ARCHITECTURES[kind]
+    expected = read_llada_config(plain, (), CONFIG)
+    read = {*READ[kind].split(), *READ_BY_ALL.split()}
+    assert read == {"model_type", "rotary_dim", *known["read"], *known["sizes"].values()}
+    ignored = [key for why, keys in KNOWN["ignored"].items() for key in keys]
+    assert not {*ignored} & {*read, *known["switches"], *ROPE}
+    for key in ignored:
+        for value in ODD:
+            assert read_llada_config(plain | {key: value}, (), CONFIG) == expected, key
+    elsewhere = {key for other in READ.values() for key in other.split()} - {"num_experts"}
+    for key in {*OTHERS, *elsewhere, "use_tomorrow"} - read - {*known["switches"]}:
+        for value in ODD:
+            said = refused(read_llada_config, plain | {key: value}, (), CONFIG)
+            assert said.startswith(f"config.json: {key} = "), said
+        for off in (None, False, 0, 0.0, [], {}):
+            assert read_llada_config(plain | {key: off}, (), CONFIG) == expected
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_config_that_transformers_has_saved_in_full_is_read(kind):
+    """All that its base class writes by itself is known, in the installed version."""
+    written = PretrainedConfig(dtype="bfloat16", architectures=["LLaDA"]).to_dict()
+    written |= {"tie_word_embeddings": False}  # the models' own class says so
+    saved = json.loads(json.dumps(written | SETTINGS[kind]))
+    assert read_llada_config(saved, (), CONFIG) == read_llada_config(SETTINGS[kind], (), CONFIG)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+PLAIN = {"rope_type": "default", "rope_theta": 7_000.0, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_rope_is_read_from_its_old_and_its_new_place_alike(kind):
+    """transformers 5 moves the settings of RoPE into rope_parameters. Read from the old place
+    alone, they would be missing without a word: YaRN left out, or every channel turned."""
+    old = {key: PLAIN[key] for key in ("rope_theta", "partial_rotary_factor")}
+    bare = {key: value for key, value in SETTINGS[kind].items() if key not in old}
+    expected = read_llada_config(bare | old, (), CONFIG)
+    assert (expected.rope_base, expected.rotary_fraction) == (7_000.0, 0.5)
+    for name in ROPE:
+        for both in ({}, old, {"partial_rotary_factor": None}):
+            for inner in (PLAIN, old, old | {"type": "default", "factor": None}):
+                assert read_llada_config(bare | both | {name: inner}, (), CONFIG) == expected
+        split = {"rope_theta": 7_000.0, name: {"partial_rotary_factor": 0.5}}
+        assert read_llada_config(bare | split, (), CONFIG) == expected
+
+
+NOT_PLAIN = [
+    (YARN, "rope_type = 'yarn'"),
+    (PLAIN | YARN, "rope_type = 'yarn'"),
+    ({"type": "linear", "factor": 2.0}, "type = 'linear'"),
+    ({"rope_type": "default", "type": "dynamic"}, "type = 'dynamic'"),
+    ({"rope_type": ["default"]}, "rope_type = ['default']"),
+    ({"factor": 4.0}, "factor = 4.0"),
+    ({"full_attention": PLAIN}, "full_attention = "),
+    ({"rope_theta": 3}, "rope_theta = 3"),
+    ({"partial_rotary_factor": 0.25}, "partial_rotary_factor = 0.25"),
+]
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_rope_but_the_plain_one_is_refused_by_name(kind):
+    """Stretched angles, angles by layer, and two places that do not agree."""
+    settings = {"partial_rotary_factor": 0.5, **SETTINGS[kind]}
+    for name in ROPE:
+        for inner, named in NOT_PLAIN:
+            said = refused(read_llada_config, settings | {name: inner}, (), CONFIG)
+            assert said.startswith(f"config.json: {name}: {named}"), said
+        for odd in (True, 8.0, "yarn", ["yarn"]):
+            said = refused(read_llada_config, settings | {name: odd}, (), CONFIG)
+            assert said.startswith(f"config.json: {name} = "), said
 
 
 IMPOSSIBLE = [

@@ -117,8 +117,8 @@ BAD = {
     '[{"instruction": "a", "input": ["b"], "output": "c"}]': ", record 1: ",
     '["a"]': ", record 1: ",
     '[{"instruction": "a"': ": not valid JSON",
-    "[]": ": none of 0 pairs",
-    "\n  \n": ": none of 0 pairs",
+    "[]": " has not a single pair",
+    "\n  \n": " has not a single pair",
     "\udcff": "",  # not UTF-8
     None: "",
 }
