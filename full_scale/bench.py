@@ -220,6 +220,7 @@ def run(arguments: list[str]) -> None:
         table(records)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} is damaged: delete it, or name another --out.") from None
+    tools.write_json(path, known)  # the folder is ours from now on
     for name, todo in cases(args.prompts):
         if name in done:
             continue

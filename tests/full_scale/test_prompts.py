@@ -195,12 +195,12 @@ def test_the_paragraph_that_answers_is_there_and_its_article_comes_first():
 
 @pytest.mark.parametrize("task", ["ruler_qa_1", "ruler_qa_2"])
 def test_documents_come_again_when_all_are_there(task):
-    """None three times before each is there twice. The harness leaves its prompts short."""
-    length = 20_000  # of letters; all documents are some 11,000
+    """Each as often as another, or once more. The harness leaves its prompts short."""
+    length = 20_000  # of letters; all documents are some 8,000
     question, short = ask(task, 0, length), ask(task, 0, length, protocol="harness")
     counts = Counter(houses(question))
     assert len(question.prompt) + question.tokens > 0.99 * length, "the prompt is not filled"
-    assert set(counts.values()) == {1, 2}
+    assert max(counts.values()) - min(counts.values()) == 1
     assert set(houses(short)) == counts.keys()
     assert len(houses(short)) == len(counts)
 
