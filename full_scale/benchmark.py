@@ -140,10 +140,10 @@ def results_of(readers: list[Reader], cells: list[Cell], predictions: Prediction
         else:
             results["niah"] += [score_record(reader, cell, predictions) for reader in readers]
     results["failed"] = [dict(zip(KEY, where)) for where in sorted(predictions.without_room)]
-    asked = {place(*pair) for pair in product(readers, cells)}
+    asked, seeds = {place(*pair) for pair in product(readers, cells)}, {cell.seed for cell in cells}
     others = sorted({key[:4] for key in predictions.answers} - asked)
-    results["left_out"] = [f"{title(row)}, {task} {length}" for row, task, length, _ in others]
-    return results
+    left_out = [f"{title(row)}, {task} {length}" for row, task, length, s in others if s in seeds]
+    return results | {"left_out": left_out}
 
 
 # ---- whom and what a command line asks -------------------------------------------------------
