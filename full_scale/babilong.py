@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from full_scale.drafts import Draft, Style, shuffled
+from full_scale.drafts import Draft, Style, sentences_of, shuffled, words_of
 from full_scale.pairs import read_text
 from lab.tools import read_json
 from model import UserError
@@ -438,16 +438,18 @@ BABILONG_PROTOCOLS = {"original": (original_prompt, 20), "harness": (harness_pro
 
 
 @functools.lru_cache
-def sentences_of(text: str) -> list[list[str]]:
-    """The words of each sentence that has at least ten. (The original cuts sentences with an
-    untrained Punkt model, and counts tokens.)"""
-    sentences = [sentence.split() for sentence in re.split(r"(?<=[.!?])\s+", text)]
-    sentences = [words for words in sentences if len(words) >= 10]
-    if not sentences:
-        raise UserError(
-            "the text of --haystack has no sentence of at least ten words to hide facts between."
-        )
-    return sentences
+def background_of(text: str) -> list[list[str]]:
+    """The words of each sentence that has at least ten; where none has, as in verse, of several
+    together. (The original cuts with an untrained Punkt model, and counts tokens.)"""
+    sentences = [words_of(sentence) for sentence in sentences_of(words_of(text + " "))]
+    together: list[list[str]] = [[]]
+    for words in sentences:
+        together[-1] = together[-1] + words
+        if len(together[-1]) >= 10:
+            together.append([])
+    if len(together) == 1:
+        raise UserError("the text of --haystack has not ten words: no sentence to hide facts in.")
+    return [words for words in sentences if len(words) >= 10] or together[:-1]
 
 
 def stretch(sentences: list[list[str]], start: int, size: int) -> list[list[str]]:
@@ -466,11 +468,11 @@ def hide(facts: list[str], spots: list[float], background: list[list[str]]) -> s
     Spots, one for each fact, lie in [0, 1): relative to the background, so that a larger one is the
     same draw. Two facts may have one place.
     """
-    pieces = [" ".join(words) for words in background]
+    pieces = ["".join(words) for words in background]
     # It goes from the end, so that an insertion does not move the places that are still to come.
     for fact, spot in zip(reversed(facts), sorted(spots, reverse=True)):
-        pieces.insert(int(spot * (len(background) + 1)), fact)
-    return " ".join(pieces)
+        pieces.insert(int(spot * (len(background) + 1)), f" {fact} ")
+    return " ".join("".join(pieces).split())
 
 
 def babilong(task: str, rng: random.Random, index: int, length: int, style: Style) -> Draft:
@@ -484,7 +486,7 @@ def babilong(task: str, rng: random.Random, index: int, length: int, style: Styl
         story = make_story(task, rng, most)
     else:
         story = choose_published(style.babi, task, index, length, most)
-    sentences = sentences_of(BACKGROUND if style.haystack is None else style.haystack)
+    sentences = background_of(BACKGROUND if style.haystack is None else style.haystack)
     start = rng.randrange(len(sentences))
     spots = [rng.random() for _ in story.facts]
     prompt, tokens = BABILONG_PROTOCOLS[style.protocol]

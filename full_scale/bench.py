@@ -209,12 +209,18 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--prompts", nargs="+", type=whole(1), default=PROMPTS, help=prompts)
     args, clock = parser.parse_args(arguments), time.monotonic()
     where = tools.machine(DEVICE, str(DTYPE).removeprefix("torch."))
+    tools.check_out(Path(args.out), "bench.json")
     path = Path(args.out) / "bench.json"
     known = tools.read_json(path) if path.exists() else {"machine": where, "records": []}
     if known.get("machine") != where:
         raise UserError(f"{path} was measured on another machine: name another --out.")
-    records, left = known["records"], 0
-    done = {one["case"] for one in records}
+    try:
+        records, left = known["records"], 0
+        done = {one["case"] for one in records}
+        table(records)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path} is damaged: delete it, or name another --out.") from None
+    tools.write_json(path, known)  # the folder is ours from now on
     for name, todo in cases(args.prompts):
         if name in done:
             continue

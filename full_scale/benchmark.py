@@ -15,6 +15,8 @@ Reading list: RULER, arXiv 2404.06654; BABILong, arXiv 2406.10149; exposure bias
 """
 
 import argparse
+import hashlib
+import json
 from itertools import product
 from pathlib import Path
 
@@ -36,7 +38,7 @@ from full_scale.scoring import METRICS, metrics_of
 from lab import tools
 from lab.ask import decoding_flags
 from lab.pictures import canvas_text
-from lab.report import PLAIN, WITH_MEMORY, as_floats, bias_records, mean_of
+from lab.report import PLAIN, WITH_MEMORY, as_floats, bias_records, mean_of, title
 from lab.tools import DEVICES, Parser, real, whole
 from lab.variants import WRITE_RULES, check_write_flags, memory_of, write_with
 from memdlm import generator_for
@@ -70,7 +72,7 @@ def question_cell(args, task: str, length: int, style: Style, architecture: str,
             "scores": {name: METRICS[name](question, text) for name in metrics},
         }
 
-    return Cell(task, length, args.seed, args.samples, ask)
+    return Cell(task, length, args.seed, args.samples, ask, tokens)
 
 
 def bias_cell(args: argparse.Namespace, pairs: list[Example], eos: int) -> Cell:
@@ -96,18 +98,21 @@ def bias_cell(args: argparse.Namespace, pairs: list[Example], eos: int) -> Cell:
 
 
 def score_record(reader: Reader, cell: Cell, predictions: Predictions) -> dict:
-    """The mean score of a reader's answers to a cell, its 95% interval, and what they cost. Where
-    memory ran out there is no score: those that found room are no fair sample."""
+    """The mean score of a reader's answers to a cell, its 95% interval, what they cost, and which
+    share of the length prompt and answer fill. Where memory ran out there is no score: those that
+    found room are no fair sample."""
     where, answers = place(reader, cell), predictions.of(reader, cell)
     record = dict(zip(KEY, where)) | {"n": len(answers)}
     if where in predictions.without_room:
-        return record | {"score": None, "ci95": None, "scores": {}, "steps": None}
+        return record | {"score": None, "ci95": None, "scores": {}, "steps": None, "full": None}
     scores = {}
     for name in answers[0]["scores"]:
         scores[name] = mean_of([answer["scores"] for answer in answers], name)
     score = next(iter(scores.values()))  # the first metric is the protocol's own
     interval, steps = report.wilson_interval(score, len(answers)), mean_of(answers, "steps")
-    return record | {"score": score, "ci95": interval, "scores": scores, "steps": steps}
+    full = (mean_of(answers, "tokens") + cell.room) / cell.length
+    record |= {"score": score, "ci95": interval, "scores": scores, "steps": steps}
+    return record | {"full": full}
 
 
 def exposure_records(readers: list[Reader], cell: Cell, predictions: Predictions) -> list[dict]:
@@ -134,7 +139,10 @@ def results_of(readers: list[Reader], cells: list[Cell], predictions: Prediction
         else:
             results["niah"] += [score_record(reader, cell, predictions) for reader in readers]
     results["failed"] = [dict(zip(KEY, where)) for where in sorted(predictions.without_room)]
-    return results
+    asked, seeds = {place(*pair) for pair in product(readers, cells)}, {cell.seed for cell in cells}
+    others = sorted({key[:4] for key in predictions.answers} - asked)
+    left_out = [f"{title(row)}, {task} {length}" for row, task, length, s in others if s in seeds]
+    return results | {"left_out": left_out}
 
 
 # ---- whom and what a command line asks -------------------------------------------------------
@@ -186,6 +194,20 @@ def find_write(args: argparse.Namespace, adapter: Path | None, anchor_ratio: flo
     return write, backbone.write_settings(write, config, *asked)
 
 
+def read_haystack(path: str) -> str:
+    """The text of --haystack: a file's, or that in RULER's own PaulGrahamEssays.json."""
+    text = read_text(path, "--haystack")
+    if not (text.lstrip().startswith("{") or path.endswith((".json", ".jsonl"))):
+        return text
+    try:
+        text = json.loads(text)["text"]
+        text.encode()  # it is a text, without half a surrogate pair
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        form = 'plain text, or one JSON object {"text": "..."}'
+        raise UserError(f"--haystack {path} must be {form} ({error!r}).") from None
+    return text
+
+
 def style_of(args: argparse.Namespace, tokenizer) -> Style:
     """What the prompts are made of."""
 
@@ -194,7 +216,7 @@ def style_of(args: argparse.Namespace, tokenizer) -> Style:
             return tokenizer.encode_prompt(text) + tokenizer.encode(prefix.strip())
         return tokenizer.encode(text + prefix)
 
-    haystack = read_text(args.haystack, "--haystack") if args.haystack else None
+    haystack = read_haystack(args.haystack) if args.haystack else None
     folders = [Path(folder) if folder else None for folder in (args.babi, args.qa)]
     return Style(encode, args.protocol, haystack, *folders)
 
@@ -338,9 +360,7 @@ def run(arguments: list[str]) -> None:
 def evaluate(args: argparse.Namespace, device: str) -> None:
     """What `run` does, in one process or in several."""
     out, (rank, _) = Path(args.out), processes()
-    begun = (out / "predictions.jsonl").exists()
-    if not begun and ((out / "config.json").exists() or (out / "results.json").exists()):
-        raise UserError(f"--out {out} is a run or a checkpoint: name another folder.")
+    tools.check_out(out, "predictions.jsonl")
     tokenizer = backbone.backbone_tokenizer(args, plain=not args.chat)
     if args.chat and tokenizer.template is None:
         raise UserError(f"--chat: {args.backbone} has no chat template.")

@@ -11,6 +11,7 @@ hotpot_dev_distractor_v1.json). drafts.py explains Draft and Style; size is a nu
 """
 
 import functools
+import itertools
 import json
 import random
 from collections.abc import Iterable
@@ -32,24 +33,32 @@ class Asked(NamedTuple):
     near: tuple[str, ...] = ()  # those that fill the prompt before others do: of the article
 
 
+def said(text: str) -> str:
+    """A text of the file. Half a surrogate pair is none, nor is nothing at all: any answer would
+    contain it."""
+    if not text.strip().encode():
+        raise ValueError("an empty text")
+    return text
+
+
 def squad(articles: dict) -> Iterable[Asked]:
     """The questions of SQuAD 2.0 that have an answer."""
     for article in articles["data"]:
-        paragraphs = [paragraph["context"] for paragraph in article["paragraphs"]]
+        paragraphs = [said(paragraph["context"]) for paragraph in article["paragraphs"]]
         for paragraph in article["paragraphs"]:
             own = paragraph["context"]
             near = tuple(other for other in paragraphs if other != own)
             for one in paragraph["qas"]:
                 if not one["is_impossible"]:
-                    answers = tuple(answer["text"] for answer in one["answers"])
-                    yield Asked(one["question"], answers, (own,), near)
+                    answers = tuple(said(answer["text"]) for answer in one["answers"])
+                    yield Asked(said(one["question"]), answers, (own,), near)
 
 
 def hotpotqa(records: list) -> Iterable[Asked]:
     """HotpotQA's questions, each with its ten paragraphs."""
     for one in records:
-        own = tuple(f"{title}\n{''.join(sentences)}" for title, sentences in one["context"])
-        yield Asked(one["question"], (one["answer"],), own)
+        own = [said(f"{title}\n{''.join(sentences)}") for title, sentences in one["context"]]
+        yield Asked(said(one["question"]), (said(one["answer"]),), tuple(own))
 
 
 SOURCES = {"ruler_qa_1": ("squad.json", squad), "ruler_qa_2": ("hotpotqa.json", hotpotqa)}
@@ -71,7 +80,9 @@ def read_qa(path: Path, task: str) -> tuple[list[Asked], list[str]]:
     _, questions = SOURCES[task]
     try:
         asked = list(questions(json.loads(read_text(path, "--qa"))))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if not all(one.answers for one in asked):
+            raise ValueError("a question without an answer")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"--qa: {path} is not the published file ({error!r}).") from None
     return asked, sorted({document for one in asked for document in (*one.own, *one.near)})
 
@@ -85,7 +96,8 @@ def documents_text(question: str, documents: list[str]) -> str:
 
 def answer_from_documents(task, rng: random.Random, index: int, length: int, style: Style) -> Draft:
     """Draft of a task. Its size is a number of documents, the answer's own among them; a larger
-    haystack has the smaller one's documents, in another order."""
+    haystack has the smaller one's documents, in another order. Once all are there, the original
+    goes through them again; the harness leaves the prompt short."""
     path = find_qa(style.qa, task)
     asked, documents = read_qa(path, task)
     if index >= len(asked):
@@ -96,10 +108,12 @@ def answer_from_documents(task, rng: random.Random, index: int, length: int, sty
     chosen = [*one.own, *rng.sample(one.near, len(one.near)), *rng.sample(far, len(far))]
 
     def render(size: int) -> tuple[str, None]:
-        return documents_text(one.question, shuffled(chosen[:size])), None
+        taken = itertools.islice(itertools.chain(chosen, itertools.cycle(documents)), size)
+        return documents_text(one.question, shuffled(taken)), None
 
     prefix = lead_in(WORDS["ruler_qa"][1], style.protocol)
-    return Draft(render, len(one.own), 32, one.answers, prefix, one.question, len(chosen))
+    draft = Draft(render, len(one.own), 32, one.answers, prefix, one.question)
+    return draft._replace(largest=len(chosen)) if style.protocol == "harness" else draft
 
 
 DOCUMENTS = {task: functools.partial(answer_from_documents, task) for task in SOURCES}

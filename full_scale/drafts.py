@@ -13,7 +13,10 @@ Glossary
             | (lm-evaluation-harness 0.4.9.2, which the paper's scores were made with)
 """
 
+import functools
 import random
+import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +44,7 @@ class Draft(NamedTuple):
     prefix: str = ""
     asked: str = ""  # the question alone, which BABILong's scoring looks at
     largest: int = 1 << 24
+    larger: "Callable[[], Draft] | None" = None  # what takes over where even `largest` leaves room
 
 
 def shuffled(items: Iterable, seed: int = 42) -> list:
@@ -48,3 +52,35 @@ def shuffled(items: Iterable, seed: int = 42) -> list:
     items = list(items)
     random.Random(seed).shuffle(items)
     return items
+
+
+# ---- words and sentences of a text in any language -----------------------------------------------
+
+# Scripts without blanks between words, by Unicode's blocks: Thai to Burmese, Khmer, Chinese and
+# Japanese with their punctuation.
+UNSPACED = r"\u0e00-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
+# How Unicode's names of the signs that end a sentence end, from "." to Khmer's.
+STOPS = ("FULL STOP", "QUESTION MARK", "EXCLAMATION MARK", "DANDA", "SHAD", "SECTION", "KHAN")
+
+
+@functools.lru_cache
+def words_of(text: str) -> list[str]:
+    """What a text may be cut into: its words, each with the blank behind it, if there is one. Where
+    a script has no blanks between words, each sign counts as one."""
+    text = re.sub(r"\s+", " ", text.lstrip())
+    return re.findall(rf"(?:[{UNSPACED}]|[^ {UNSPACED}]+) ?", text)
+
+
+def sentences_of(words: list[str], quotes: str = "") -> list[str]:
+    """Sentences, each with the blank behind it. A blank must follow the stop, and one of `quotes`
+    may stand between them; in a script without blanks the next sentence may follow at once. Words
+    with next to no stop, as in Thai, are cut into tens."""
+    text = "".join(words)
+    found = {sign for sign in set(text) if unicodedata.name(sign, "").endswith(STOPS)}
+    stops, closing = "".join({*".!?", *found}), "」』）》〉】" + quotes
+    following = rf"(?=[“{UNSPACED}])(?![{stops}{closing}])"
+    ends = rf"[{stops}]+[{closing}]?(?: |{following})"
+    sentences = re.sub(ends, r"\g<0>\n", text).removesuffix("\n").split("\n")
+    if len(words) <= 100 * len(sentences):
+        return sentences
+    return ["".join(words[start : start + 10]) for start in range(0, len(words), 10)]

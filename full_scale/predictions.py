@@ -54,6 +54,7 @@ class Cell(NamedTuple):
     seed: int
     n: int
     ask: Callable[[Transformer, Reader, int], dict]  # (model, reader, index of the question)
+    room: int = 0  # how many of the length's tokens are left for the answer
 
 
 def place(reader: Reader, cell: Cell) -> tuple:

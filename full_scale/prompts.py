@@ -68,6 +68,8 @@ def grow(task: str, draft: Draft, length: int, style: Style) -> Question:
             fitting = middle
         else:
             too_large = middle
+    if fitting == draft.largest and draft.larger:
+        return grow(task, draft.larger(), length, style)
 
     text, depth = draft.render(fitting)
     ids = style.encode(text, draft.prefix)

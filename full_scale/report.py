@@ -2,8 +2,9 @@
 report.py: tables and pictures of an evaluation by benchmark.py.
 
 They are made of two lists of records. `results["niah"]` has one for each row and cell, {"method",
-"task", "length", "seed", "n", "score", "ci95", "scores", "steps"}, whose score is None where memory
-ran out. `answers` are lines of predictions.jsonl, one for each question.
+"task", "length", "seed", "n", "score", "ci95", "scores", "steps", "full"}: the score is None where
+memory ran out, and prompt and answer fill that share of the length ("full"). `answers` are lines of
+predictions.jsonl, one for each question.
 
   score_table     Tables 1 and 2 (eval_niah.py)        niah.png          score over length (Fig. 5)
   babilong_table  the mean of BABILong's tasks         anchor_ratio.png  over the ratio (Fig. 8)
@@ -105,6 +106,19 @@ def cost_table(answers: list[dict]) -> str:
     return markdown(["method", "length", "seconds an answer", "GPU peak, GiB"], rows)
 
 
+def notes(results: dict) -> str:
+    """What the tables do not show: prompts that are short of their length, and answers that lie in
+    the same folder and were not asked for this time."""
+    full = {}
+    for one in results["niah"]:
+        if one["full"] is not None and one["full"] < 0.95:
+            full[f"{one['task']} {one['length']}"] = f"{one['full']:.0%}"
+    text = "".join(f"\nPrompts of {cell} are {share} full." for cell, share in full.items())
+    if results["left_out"]:
+        text += f"\nIn this folder, but not in these tables: {', '.join(results['left_out'])}."
+    return text
+
+
 def report(results: dict) -> str:
     """All tables of results.json, as markdown ready to paste."""
     records, pairs = results["niah"], results["pairs"]
@@ -124,7 +138,7 @@ def report(results: dict) -> str:
         tables.append(table)
     if records:
         tables.append(cell_table(results))
-    return "\n\n".join(table for table in [head, *tables] if table)
+    return "\n\n".join(table for table in [head + notes(results), *tables] if table)
 
 
 # ---- depths: where needles are found ---------------------------------------------------------
@@ -208,7 +222,10 @@ def draw_sweep(swept: list[dict], records: list[dict], path: Path) -> None:
 
 
 def draw_pictures(results: dict, out: Path) -> None:
-    """A picture of everything that was measured. Rows of a sweep have a picture of their own."""
+    """A picture of everything that was measured. Rows of a sweep have a picture of their own. One
+    of an earlier command that measured something else is deleted."""
+    for name in ("niah.png", "anchor_ratio.png", "depth.png", "exposure_bias.png"):
+        (out / name).unlink(missing_ok=True)
     scored = [one for one in results["niah"] if one["score"] is not None]
     swept = [one for one in scored if "@" in one["method"]]
     over_length = [one for one in scored if one not in swept]

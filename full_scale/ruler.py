@@ -22,14 +22,13 @@ import functools
 import itertools
 import math
 import random
-import re
 import string
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from full_scale.drafts import Draft, Style, shuffled
+from full_scale.drafts import Draft, Style, sentences_of, shuffled, words_of
 from lab.tools import read_json
 from model import UserError
 
@@ -64,6 +63,17 @@ def english(*categories: str) -> tuple[str, ...]:
     except ImportError:
         raise UserError("RULER's prompts need English words: pip install wonderwords.") from None
     return tuple(sorted(set(RandomWord().filter(include_categories=categories))))
+
+
+@functools.lru_cache
+def dictionary() -> tuple[str, ...]:
+    """The 234,000 words of a whole dictionary (Webster's Second), in alphabetical order."""
+    try:
+        from english_words import get_english_words_set
+    except ImportError:
+        advice = "pip install english-words"
+        raise UserError(f"ruler_cwe needs a dictionary at this length: {advice}.") from None
+    return tuple(sorted(get_english_words_set(["web2"], alpha=True, lower=True)))
 
 
 def draw_words(rng: random.Random) -> str:
@@ -113,7 +123,6 @@ NIAH = {
     "niah_multiquery": Needles("essay", "words", "numbers", 4, 1, 4),
 }
 DEPTHS = [round(100 * i / 39) for i in range(40)]  # percent of an essay: 0, 3, 5, ... 100
-SENTENCE_END = re.compile(r"(?<=[.!?]) |(?<=[.!?][\"')\]”’]) ")  # a quotation mark may close it
 
 
 def needle_sentences(hidden: dict[str, list[str]], kind: str) -> list[str]:
@@ -153,7 +162,7 @@ def essay_hay(words: list[str], size: int) -> list[str]:
     """The first `size` words of the user's text (read again from its beginning where it is too
     short), cut into sentences. The original cuts with nltk, which knows that "Dr." ends none."""
     taken = itertools.islice(itertools.cycle(words), size)
-    return SENTENCE_END.split(" ".join(taken))
+    return sentences_of(list(taken), quotes=r"\"')\]”’")
 
 
 def place_lines(lines: list[str], needles: list[str], places: list[int]) -> list[str]:
@@ -166,14 +175,14 @@ def place_lines(lines: list[str], needles: list[str], places: list[int]) -> list
 
 
 def place_sentences(sentences: list[str], needles: list[str], places: list[int]) -> str:
-    """Puts needles at ascending places and joins everything with spaces. Where no sentence stands
-    before, between or after the needles, a space too many is left, as in the published prompts."""
+    """Puts needles at ascending places, with spaces around them. Where no sentence stands before,
+    between or after them, a space too many is left, as in the published prompts."""
     pieces = []
     start = 0
     for needle, place in zip(needles, places):
-        pieces += [" ".join(sentences[start:place]), needle]
+        pieces += ["".join(sentences[start:place]).removesuffix(" "), needle]
         start = place
-    pieces.append(" ".join(sentences[start:]))
+    pieces.append("".join(sentences[start:]).removesuffix(" "))
     return " ".join(pieces)
 
 
@@ -205,7 +214,7 @@ def find_needles(task: Needles, rng: random.Random, index: int, length: int, sty
     asked_needle = next(needle for needle in needles if references[0] in needle)
     place_seed, hay_seed = rng.getrandbits(64), rng.getrandbits(64)
     essay = task.hay == "essay" and style.haystack is not None
-    words = style.haystack.split() if essay else []
+    words = words_of(style.haystack + " ") if essay else []
     if essay and not words:
         raise UserError("the text to hide needles in (--haystack) has no word in it.")
 
@@ -317,25 +326,34 @@ def common_example(listed: list[str], common: list[str]) -> str:
 def find_common(rng: random.Random, index: int, length: int, style: Style) -> Draft:
     """Draft of ruler_cwe. Its size is a number of different words.
 
-    The original sends a worked example and shuffles every list alike; the harness sends none and
-    shuffles each list in its own way.
+    The original sends a worked example and shuffles every list alike, and where its 8,000 words are
+    too few it goes over to a whole dictionary. The harness sends no example, shuffles each list in
+    its own way, and leaves the prompt short.
     """
     setting = list_counts(length)
-    dictionary = english("noun", "adjective", "verb")
-    shown = rng.sample(dictionary, setting.example_words)
-    words = rng.sample(dictionary, len(dictionary))
+    usual = english("noun", "adjective", "verb")
+    shown = rng.sample(usual, setting.example_words)
+    words = rng.sample(usual, len(usual))
     seed = rng.getrandbits(64)
-    example = ""
-    if style.protocol == "original":
-        example = common_example(shuffled(repeated(shown, setting.example_counts)), shown[:10])
-        seed = 42
-    text, prefix = CWE_PROMPT
+    _, prefix = CWE_PROMPT
+    if style.protocol == "harness":
+        return list_draft("", words, setting, seed, lead_in(prefix, style.protocol, "\n\n"))
+    example = common_example(shuffled(repeated(shown, setting.example_counts)), shown[:10])
+
+    def larger() -> Draft:
+        more = random.Random(seed).sample(dictionary(), len(dictionary()))
+        return list_draft(example, more, setting, 42, prefix)
+
+    return list_draft(example, words, setting, 42, prefix)._replace(larger=larger)
+
+
+def list_draft(example: str, words: list, setting: ListCounts, seed: int, prefix: str) -> Draft:
+    """Draft of a list of these words, the first ten of which are the common ones."""
 
     def render(size: int) -> tuple[str, None]:
         listed = shuffled(repeated(words[:size], setting.counts), seed)
-        return example + text.format(context=numbered(listed)), None
+        return example + CWE_PROMPT[0].format(context=numbered(listed)), None
 
-    prefix = lead_in(prefix, style.protocol, between="\n\n")
     return Draft(render, 11, 120, tuple(words[:10]), prefix, largest=len(words))
 
 

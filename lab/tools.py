@@ -264,6 +264,13 @@ def settings(args: argparse.Namespace) -> dict:
     return {name: value for name, value in sorted(vars(args).items()) if name not in elsewhere}
 
 
+def check_out(out: Path, own: str) -> None:
+    """Refuses a folder that holds the results of another program. own: a file of this one's."""
+    others = ("config.json", "results.json", "table.md", "bench.json", "predictions.jsonl")
+    if not (out / own).exists() and any((out / name).exists() for name in others):
+        raise UserError(f"--out {out} holds other results, or a checkpoint: name another folder.")
+
+
 def start_run(out: Path, wanted: dict, resume: bool) -> None:
     """Notes the run's settings in out/config.json. A folder with checkpoints is continued only by
     --resume and with the same settings, so that old weights never get new settings."""

@@ -10,6 +10,7 @@ from itertools import pairwise, permutations
 from pathlib import Path
 
 import pytest
+from toys import LANGUAGES
 
 from full_scale import babilong
 from full_scale.drafts import Style
@@ -221,6 +222,19 @@ def test_text_of_the_users_is_the_background():
     for text in ("", "Too short. Nor is this!"):
         with pytest.raises(UserError, match=r"^[^\n]*--haystack[^\n]*ten words[^\n]*$"):
             ask("qa1", 1, style=STYLE._replace(haystack=text))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_text_of_any_language_is_a_background_cut_at_its_own_stops(language):
+    """Or else anywhere; where sentences are shorter than ten words or signs, behind several."""
+    text, stops = LANGUAGES[language]
+    style = STYLE._replace(haystack=text, encode=lambda text, prefix: text + prefix)
+    for question in ask("qa1", 6, style=style):
+        facts, rest = split_context(context_of(question))
+        assert len(question.prompt) + question.tokens > 4480, "the prompt is not filled"
+        assert rest.replace(" ", "") in "".join(text.split()) * 200
+        for before in re.split("|".join(map(re.escape, facts)), context_of(question))[:-1]:
+            assert not stops or not before.strip() or before.rstrip()[-1] in stops
 
 
 PUBLISHED = """1 Mary moved to the bathroom.

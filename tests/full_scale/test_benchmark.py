@@ -146,6 +146,36 @@ def test_sweep_of_anchor_ratios_has_a_row_for_each(tmp_path):
     assert predictions(alone, "mdlm_inference") == predictions(out, high)
 
 
+def test_fewer_tasks_name_what_they_leave_out_and_leave_no_old_picture(tmp_path):
+    """A table without a row that a picture beside it shows could not be read. Asked again together,
+    all rows are back without a new answer."""
+    both = "--tasks niah_single_1 ruler_vt --lengths 900 --steps 1 --samples 1"
+    known = contents(ask(tmp_path, both, draw=True))
+    left = "In this folder, but not in these tables: Base, niah_single_1 900."
+    out = ask(tmp_path, both.replace("niah_single_1 ", ""), draw=True)
+    assert "depth.png" in known
+    assert "depth.png" not in contents(out)
+    assert left in (out / "table.md").read_text()
+    assert left not in known["table.md"].decode()
+    assert contents(ask(tmp_path, both, draw=True)) == known
+
+
+def test_prompts_that_are_not_full_are_named(tmp_path, monkeypatch):
+    """The harness leaves RULER's questions short once all documents are there."""
+    sampler = mock.Mock(return_value=torch.zeros(1, 1).long())
+    monkeypatch.setattr(benchmark, "sampler_for", lambda *arguments: sampler)
+    flags = f"--tasks ruler_qa_1 ruler_vt --lengths 12000 --samples 1 --qa {questions()}"
+    short, other = (
+        ask(tmp_path / one, f"{flags} --protocol {one}") for one in ("harness", "original")
+    )
+    share, full = (one["full"] for one in results(short)["niah"])
+    assert share < 0.95 < full <= 1
+    named = f"Prompts of ruler_qa_1 12000 are {share:.0%} full."
+    assert named in (short / "table.md").read_text()
+    assert min(one["full"] for one in results(other)["niah"]) > 0.95
+    assert " full." not in (other / "table.md").read_text()
+
+
 @pytest.fixture
 def passes(monkeypatch) -> tuple[list, list]:
     """The ids that each forward pass reads, and the number of places of each call of the head."""
@@ -166,6 +196,7 @@ ASKED = {
     "--tasks ruler_vt --lengths 900 --protocol harness": {"protocol": "harness"},
     "--tasks niah_single_2 --lengths 500 --haystack {}/essay.txt": {"haystack": ESSAY},
     "--tasks babilong_qa4 --lengths 480 --haystack {}/essay.txt": {"haystack": ESSAY},
+    "--tasks niah_single_3 --lengths 500 --haystack {}/essay.json": {"haystack": ESSAY},
     "--tasks niah_single_1 --lengths 440 --chat": {
         "encode": lambda text, prefix: CHAT.encode_prompt(text) + CHAT.encode(prefix.strip())
     },
@@ -250,6 +281,9 @@ BAD = {
     "--haystack {tmp}/bytes": "cannot read --haystack .*bytes",
     "--haystack {tmp}/empty --tasks niah_single_2 --lengths 400": "no word in it",
     "--haystack {tmp}/empty --tasks babilong_qa1 --lengths 900": "sentence",
+    "--haystack {tmp}/essays.json --tasks niah_single_2": "essays.json must be plain text, or",
+    "--haystack {tmp}/half.json --tasks niah_single_2": "half.json must be plain text, or",
+    "--out {tmp}/bench --tasks niah_single_2": "name another folder",
     "--haystack {}/essay.txt --tasks ruler_vt niah_single_1": "--haystack is read by none",
     "--babi {tmp}/absent --tasks babilong_qa1 --lengths 900": "no qa1_.*absent",
     "--babi {tmp} --tasks niah_single_2 ruler_cwe": "--babi is read by the BABILong tasks",
@@ -281,6 +315,10 @@ def things(tmp_path_factory) -> Path:
     """A folder of things that cannot be used. Nobody writes into it."""
     root = tmp_path_factory.mktemp("things")
     (root / "empty").write_text(" \n")
+    (root / "essays.json").write_text('["Once there was a fox."]')
+    (root / "half.json").write_text('{"text": "Once there was \\ud800."}')
+    (root / "bench").mkdir()
+    (root / "bench" / "table.md").write_text("| case | s |")
     (root / "bytes").write_bytes(b"\xff\xfe\xff")
     pair, no_prompt = {"prompt": "who?", "response": "Mary"}, {"prompt": "", "response": "Mary"}
     (root / "no_prompt.jsonl").write_text(jsonl([pair, no_prompt]))

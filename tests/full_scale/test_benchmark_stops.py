@@ -106,7 +106,7 @@ OTHER = {
     "--dtype bfloat16": "dtype 'float32', not 'bfloat16'",
     "--load-4bit": "dtype 'float32', not 'float32, NF4'",
     "--random-weights": "random_weights ",
-    "--haystack {}/few.jsonl": "Base to niah_single_2 with haystack '",
+    "--haystack {}/essay.json": "Base to niah_single_2 with haystack '",
     "--data {}/pairs.jsonl": "Base to exposure bias with data '",
     "--bias-steps 4": "bias_steps 2, not 4",
     "--max-length 16": "max_length 4096, not 16",

@@ -4,15 +4,18 @@ question of any task; and how answers score. (Wording and published scores: test
 """
 
 import itertools
+import json
 import re
 import sys
+from collections import Counter
 
 import pytest
 from commands import questions
 from remaking import NEEDLE, REMAKE, listed_in
+from toys import LANGUAGES
 
 from full_scale import ruler
-from full_scale.documents import read_qa
+from full_scale.documents import SOURCES, read_qa
 from full_scale.drafts import Style
 from full_scale.prompts import BENCHMARKS, Question, check_length, grow, make_draft, make_question
 from full_scale.scoring import METRICS, metrics_of
@@ -67,6 +70,24 @@ def test_essay_is_the_users_text_again_and_again(task):
         ask(task, haystack=" \n")  # no reason to fall back on noise
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_text_of_any_language_fills_the_prompt_and_is_cut_at_its_own_stops(language):
+    """Or else anywhere: a script may have no blanks between words, and no stops."""
+    text, stops = LANGUAGES[language]
+    depths, whole = [], "".join(text.split()) * 200
+    for index in range(12):
+        question = ask(
+            "niah_single_2", index, haystack=text, encode=lambda text, prefix: text + prefix
+        )
+        assert len(question.prompt) + question.tokens > 2980, "the prompt is not filled"
+        before, *_ = re.split(NEEDLE, context_of(question))
+        if stops and before.strip():
+            assert before.rstrip()[-1] in stops
+        assert whole.startswith(re.sub(NEEDLE, "", context_of(question)).replace(" ", ""))
+        depths.append(question.depth)
+    assert 0 <= min(depths) < 0.2 < 0.8 < max(depths) <= 1
+
+
 @HAY
 @pytest.mark.parametrize("task", ruler.NIAH)
 def test_depth_is_where_the_asked_needle_stands(task, haystack):
@@ -106,17 +127,32 @@ def test_examples_of_tracking_differ_in_names_alone(protocol):
     assert len(plain[0]) // 4 <= 500 < (len(plain[0]) + 5 * len(ruler.GRASS)) // 4 + 30
 
 
-def test_list_ends_with_the_dictionary(monkeypatch):
-    """There are some 8,000 words; a length that would need more is left short. Where the package
-    of the words is missing, it is named."""
-    question = ask("ruler_cwe", length=10**7, encode=lambda text, prefix: range(len(text)))
+@pytest.mark.parametrize(("length", "protocol"), [(300_000, "original"), (600_000, "harness")])
+def test_long_lists_are_of_rulers_8000_words(length, protocol):
+    """Where these are used up, the harness leaves its prompts short."""
+    question = ask("ruler_cwe", length=length, protocol=protocol)
+    words = set(listed_in(question.text[question.text.rindex("Below") :].split("\n")[1]))
+    usual = set(ruler.english("noun", "adjective", "verb"))
+    full = (len(question.prompt) + question.tokens) / length
+    assert (full > 0.999, words == usual) == ((True, False) if length < 400_000 else (False, True))
+    assert words <= usual
+
+
+def test_lists_that_need_more_words_go_over_to_a_dictionary(monkeypatch):
+    """As in the original, for all of their words. A package that is missing is named."""
+    question = ask("ruler_cwe", length=600_000)
     listed = listed_in(question.text[question.text.rindex("Below") :].split("\n")[1])
-    assert set(listed) == set(ruler.english("noun", "adjective", "verb"))
-    assert len(question.prompt) + question.tokens < 10**6
-    ruler.english.cache_clear()
-    monkeypatch.setitem(sys.modules, "wonderwords", None)
-    with pytest.raises(UserError, match=r"^[^\n]*pip install wonderwords[^\n]*$"):
-        ask("ruler_cwe")
+    words = Counter(listed)
+    assert len(question.prompt) + question.tokens > 0.999 * 600_000, "the prompt is not filled"
+    assert {word: words[word] for word in question.references} == dict(words.most_common(10))
+    assert set(question.references) < words.keys() < set(ruler.dictionary())
+    for package in ("wonderwords", "english-words"):
+        for cached in (ruler.english, ruler.dictionary):
+            cached.cache_clear()
+        monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
+        with pytest.raises(UserError, match=rf"^[^\n]*pip install {package}[^\n]*$"):
+            ask("ruler_cwe", length=3000 if package == "wonderwords" else 600_000)
+        monkeypatch.undo()
 
 
 def test_smallest_coded_text_has_three_winners():
@@ -157,6 +193,45 @@ def test_the_paragraph_that_answers_is_there_and_its_article_comes_first():
     assert len(set(mixed)) > 2, "documents are not mixed"
 
 
+@pytest.mark.parametrize("task", ["ruler_qa_1", "ruler_qa_2"])
+def test_documents_come_again_when_all_are_there(task):
+    """Each as often as another, or once more. The harness leaves its prompts short."""
+    length = 20_000  # of letters; all documents are some 8,000
+    question, short = ask(task, 0, length), ask(task, 0, length, protocol="harness")
+    counts = Counter(houses(question))
+    assert len(question.prompt) + question.tokens > 0.99 * length, "the prompt is not filled"
+    assert max(counts.values()) - min(counts.values()) == 1
+    assert set(houses(short)) == counts.keys()
+    assert len(houses(short)) == len(counts)
+
+
+QUESTION = {"question": "Who?", "is_impossible": False, "answers": [{"text": "Ann"}]}
+HOTPOT = {"question": "Who?", "answer": "Ann", "context": [["Town", ["Ann is."]]]}
+NOT_PUBLISHED = {  # what one question of a file has in place of what it should
+    "ruler_qa_1": [{"answers": []}, {"answers": [{"text": ""}]}, {"question": 5}],
+    "ruler_qa_2": [{"answer": ""}, {"answer": ["Ann"]}, {"question": "\ud800"}, {"context": 5}],
+}
+NOT_PUBLISHED["ruler_qa_2"] += [{"context": [["Town", ["\udc00"]]]}, {"answer": " "}]
+
+
+@pytest.mark.parametrize(
+    ("task", "wrong"), [(t, w) for t in NOT_PUBLISHED for w in NOT_PUBLISHED[t]]
+)
+def test_a_question_that_nobody_or_anybody_can_answer_is_refused(tmp_path, task, wrong):
+    """Every text contains an empty answer, which would score 1; with no answer at all every text
+    would score 0. What is no text, or half a surrogate pair, cannot be asked."""
+    for one, broken in ((QUESTION | HOTPOT, False), (QUESTION | HOTPOT | wrong, True)):
+        paragraph = {"context": "Ann lives here.", "qas": [one]}
+        file = {"data": [{"paragraphs": [paragraph]}]} if task == "ruler_qa_1" else [one]
+        (tmp_path / SOURCES[task][0]).write_text(json.dumps(file))
+        read_qa.cache_clear()
+        if not broken:
+            assert ask(task, qa=tmp_path).references == ("Ann",)
+            continue
+        with pytest.raises(UserError, match=r"^--qa: [^\n]*.json is not the published file[^\n]*$"):
+            ask(task, qa=tmp_path)
+
+
 def test_questions_without_an_answer_are_not_asked(tmp_path):
     """SQuAD 2.0 has many; here each fourth one. Another file than the published one is named."""
     asked, documents = read_qa(questions() / "squad.json", "ruler_qa_1")
@@ -164,7 +239,7 @@ def test_questions_without_an_answer_are_not_asked(tmp_path):
     assert asked[0].answers == ("Ann00", "Miss Ann00")
     with pytest.raises(UserError, match=r"has 120 questions: lower --samples\.$"):
         ask("ruler_qa_1", 120, 1000)
-    for text in ("{}", "[1]", "no JSON"):
+    for text in ("{}", "[1]", "5", "no JSON"):
         (tmp_path / "squad.json").write_text(text)
         with pytest.raises(UserError, match=r"^--qa: [^\n]*squad.json is not the published file"):
             ask("ruler_qa_1", qa=tmp_path)

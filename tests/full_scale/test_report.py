@@ -4,8 +4,11 @@ whose small sizes .ci/run measures). What has no score is shown as missing.
 """
 
 import json
+from pathlib import Path
 from unittest import mock
 
+import lm_eval
+import night
 import pytest
 import torch
 from backbones import toy_model
@@ -15,22 +18,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from full_scale import bench, experts, report
+from full_scale.benchmark import TABLE_1
+from full_scale.drafts import Style
+from full_scale.prompts import make_draft
 from lab.tools import guarded
 
 
-def scored(task="niah_single_1", length=64, score=0.5, method="base") -> dict:
+def scored(task="niah_single_1", length=64, score=0.5, method="base", full=1.0) -> dict:
     """A row's record of one cell; without a score, memory ran out."""
     record = {"method": method, "task": task, "length": length, "seed": 3, "n": 4, "score": score}
     if score is None:
-        return record | {"ci95": None, "scores": {}, "steps": None}
+        return record | {"ci95": None, "scores": {}, "steps": None, "full": None}
     scores = {"babilong": score, "harness": 1.0} if "babilong" in task else {"ruler": score}
-    return record | {"ci95": [score / 2, 1.0], "scores": scores, "steps": 20.0}
+    return record | {"ci95": [score / 2, 1.0], "scores": scores, "steps": 20.0, "full": full}
 
 
 def results(*records: dict) -> dict:
     config = {"memory": True, "write": "paper"}
     found = {"config": config, "machine": {"device": "cpu", "dtype": "bfloat16"}, "pairs": 0}
-    return found | {"niah": records, "depths": [], "exposure_bias": []}
+    found |= {"depths": [], "exposure_bias": [], "left_out": []}
+    return found | {"niah": records}
 
 
 def test_wilson_interval_equals_published_values():
@@ -129,3 +136,26 @@ def test_no_room_is_a_line_and_another_machine_is_refused(tmp_path, monkeypatch,
     assert "was measured on another machine" in refusal(main, ["--out", tmp_path], capsys)
     path.write_text("{oops")
     assert "cannot read" in refusal(main, ["--out", tmp_path], capsys)
+    known["machine"] = bench.tools.machine(bench.DEVICE, str(bench.DTYPE).removeprefix("torch."))
+    for records in ("x", None, [{}], [{"case": 5}], [{"case": "large", "s": "x"}], [5]):
+        path.write_text(json.dumps(known | {"records": records}))
+        assert "is damaged: delete it" in refusal(main, ["--out", tmp_path], capsys)
+
+
+@pytest.mark.parametrize("name", ["table.md", "results.json", "config.json", "predictions.jsonl"])
+def test_results_of_another_program_are_not_written_over(tmp_path, capsys, name):
+    (tmp_path / name).write_text("{}")
+    said = refusal(
+        lambda arguments: guarded(lambda: bench.run(arguments)), ["--out", tmp_path], capsys
+    )
+    assert "name another folder" in said
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_hours_are_counted_for_the_answers_that_the_tables_take():
+    """By the harness's rules, as the manual's commands ask them."""
+    style = Style(lambda text, prefix: (text + prefix).split(), protocol="harness")
+    assert [make_draft(task, 0, 4096, 0, style).tokens for task in TABLE_1] == night.TABLE_1
+    folder = Path(lm_eval.__file__).parent / "tasks" / "longbench"
+    for task, (passes, _) in night.LONGBENCH.items():
+        assert f"max_gen_toks: {passes}\n" in (folder / f"{task}.yaml").read_text()

@@ -18,6 +18,21 @@ from lab.report import matching
 from lab.tools import start
 
 ESSAY = 4 * "A fox went out at night. Dr. Who saw it! Long was the road, and he sang to the moon. "
+LANGUAGES = {  # a text, and the signs that a needle may stand behind
+    "Chinese": (
+        "春天来了，花园里的花都开了。孩子们问：「是真的吗？」他们在草地上跑来跑去！",
+        "。！」",
+    ),
+    "verse": ("床前明月光，\n疑是地上霜。\n举头望明月，\n低头思故乡。\n", "。"),
+    "Japanese": (
+        "もうすっかり春になった。庭の花がみんな咲いた！子どもたちは走るだろうか？はい、と彼は言った。",
+        "。！？",
+    ),
+    "Thai": ("ฤดูใบไม้ผลิมาถึงแล้วดอกไม้ในสวนบานหมดแล้วเด็กเด็กวิ่งเล่นบนสนามหญ้า", ""),
+    "Hindi": ("वसंत आ गया है। बगीचे में फूल खिल गए हैं। बच्चे घास पर दौड़ रहे हैं। बूढ़े लोग बेंच पर बैठे हैं। ", "।"),
+    "Arabic": ("جاء الربيع. هل تفتحت الأزهار في الحديقة؟ يركض الأطفال على العشب. ", ".؟"),
+    "no stops": ("one two three four five six seven eight nine ten eleven twelve ", ""),
+}
 METHODS = ["base", "mdlm", "memdlm_train", "memdlm_train_inference"]
 ONE = "--tasks niah_single_1 --lengths 330 --steps 1 --samples 1"  # one cheap question
 
@@ -25,7 +40,7 @@ ONE = "--tasks niah_single_1 --lengths 330 --steps 1 --samples 1"  # one cheap q
 @functools.cache
 def toys() -> Path:
     """The backbones of `checkpoints`, an adapter of each method for the first (mdlm, memdlm), pairs
-    (few.jsonl) and a text (essay.txt). Nobody writes into them."""
+    (few.jsonl) and a text (essay.txt, essay.json). Nobody writes into them."""
     root = checkpoints()["llada"].parent
     for seed, method in enumerate(("mdlm", "memdlm")):
         model = add_random_lora(toy_model("llada", torch.float32), 4, seed=seed)
@@ -34,6 +49,7 @@ def toys() -> Path:
     pairs = [{"prompt": f"Who is {i}?", "response": " Mary" * (i + 1)} for i in range(5)]
     (root / "few.jsonl").write_text(jsonl(pairs))
     (root / "essay.txt").write_text(ESSAY)
+    (root / "essay.json").write_text(json.dumps({"text": ESSAY}))
     return root
 
 
