@@ -15,7 +15,6 @@ Reading list: RULER, arXiv 2404.06654; BABILong, arXiv 2406.10149; exposure bias
 """
 
 import argparse
-import hashlib
 import json
 from itertools import product
 from pathlib import Path
