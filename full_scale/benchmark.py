@@ -248,6 +248,11 @@ def show_prompts(args: argparse.Namespace, tokenizer, style: Style) -> None:
 # ---- what the answers depend on --------------------------------------------------------------
 
 
+def end_settings(tokenizer) -> dict:
+    """The tokens that end an answer. EOS alone, as in earlier versions, goes without saying."""
+    return {"ends": sorted(tokenizer.ends)} if len(tokenizer.ends) > 1 else {}
+
+
 def reader_settings(reader: Reader, adapter: Path | None) -> dict:
     """Which adapter a reader has, and how it writes prompts, field by field."""
     found = {}
@@ -371,6 +376,7 @@ def evaluate(args: argparse.Namespace, device: str) -> None:
         device, backbone.dtype_name(args, device) + (", NF4" if args.load_4bit else "")
     )
     relevant = {name: where[name] for name in where if name != "threads" or device == "cpu"}
+    relevant |= end_settings(tokenizer)
     settings = settings_of(args, readers, adapters, relevant)
     predictions = Predictions(out / "predictions.jsonl")
     predictions.agree(settings)

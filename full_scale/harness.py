@@ -10,9 +10,11 @@ The second form is the harness's own: this program is `lm_eval` with one model m
 read first (--device and --seed are ours), and all others are the harness's: --tasks, --limit,
 --output_path, and --use_cache FILE, with which it goes on after a stop (with as many processes as
 before). Requests are read one at a time, and the random draws of each depend on its text alone:
-neither order nor batch nor a stop changes an answer. Each process needs a document at least.
+neither order nor batch nor a stop changes an answer. Where a task wants several answers to a text,
+its draws depend on the answer's number, too. Each process needs a document at least.
 
   generate_until   an answer by the samplers of sample.py and samplers.py, cut at the stop strings
+                   (which may be special tokens) and at the end of the assistant's turn
   loglikelihood    LLaDA's Monte-Carlo estimate: the continuation is masked --mc-samples times, 1 to
                    all of its tokens (in equal steps), and the mean loss of a masked token counts as
                    that of all. It is greedy if our sampler, as the flags set it, says just the same
@@ -23,11 +25,13 @@ LLaDA, arXiv 2502.09992; LongBench, arXiv 2308.14508.
 
 import argparse
 import json
+import sqlite3
 import sys
 import traceback
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +42,7 @@ import torch
 try:
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.instance import Instance
-    from lm_eval.api.model import LM
+    from lm_eval.api.model import LM, hash_args
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
 except ModuleNotFoundError as error:
@@ -48,7 +52,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from full_scale import backbone
-from full_scale.benchmark import reader_settings
+from full_scale.benchmark import end_settings, reader_settings
 from full_scale.predictions import Reader
 from full_scale.processes import from_all, processes, together
 from full_scale.samplers import sampler_flags, sampler_for
@@ -120,10 +124,14 @@ class MemDLM(LM):
         self.how = backbone.write_settings(self.write, trained) if args.memory else {}
         self.written = (None, None)  # the last context that was written, and its memory
 
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The harness asks for it where it would put messages into a template itself."""
+        raise UserError("--apply_chat_template is not for this model: say --chat.")
+
     def set_cache_hook(self, hook) -> None:
         """--use_cache: the harness's key is the request alone, so other models are refused here."""
         adapter = Path(self.args.adapter) if self.args.adapter else None
-        known = vars(self.args) | backbone.files_of(self.args)
+        known = vars(self.args) | backbone.files_of(self.args) | end_settings(self.tokenizer)
         known = json.dumps(
             known | reader_settings(Reader("", "", None, self.how), adapter), default=str
         )
@@ -171,10 +179,8 @@ class MemDLM(LM):
         drawn = generator_for(self.args.seed, "sample", number_of(prompt), repeat)
         known = {"fast": self.written_from(prompt), "threshold": self.args.threshold}
         known |= {"temperature": options.get("temperature", 0.0), "generator": drawn}
-        text = self.tokenizer.decode(self.sampler(tokens)(self.model, prompt, **known)[0].tolist())
-        for stop in filter(None, options.get("until", [])):
-            text = text.partition(stop)[0]
-        return text
+        ids = self.sampler(tokens)(self.model, prompt, **known)[0].tolist()
+        return self.tokenizer.decode(ids, [*filter(None, options.get("until", []))])
 
     def likelihood(self, context: str, continuation: str, greedy=True) -> tuple[float, bool]:
         """log p(continuation | context), and whether our sampler would answer just that."""
@@ -214,13 +220,28 @@ class MemDLM(LM):
         return results
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        seen = Counter()
+        """Where a task wants several answers to a document, each has a number. (A process that has
+        fewer documents than another is asked for its last one's answers again.)
 
-        def answer(context: str, options: dict) -> str:
-            seen[request := (context, str(options))] += 1
-            return self.answer(context, options, seen[request] - 1)
-
-        return self.each("generate_until", requests, answer)
+        --use_cache: the harness would keep one answer for each text, but leaves alone what says
+        do_sample. So whatever samples says that here, and is kept under the answer's number.
+        """
+        results, seen, kept = [], Counter(), self.cache_hook.dbdict
+        for request in tqdm(requests, desc="generate_until", disable=self.rank > 0):
+            context, options = key = request.args
+            sampled = normalize_gen_kwargs(options)["do_sample"]
+            if sampled:
+                options["do_sample"] = True
+            document = request.task_name, request.doc_id, context, str(options)
+            repeat = seen[document] % (request.repeats or len(requests))
+            seen[document] += 1
+            if sampled:
+                key = context, options, repeat
+            name = hash_args("generate_until", key)
+            known = kept is not None and name in kept
+            results.append(kept[name] if known else self.answer(context, options, repeat))
+            self.cache_hook.add_partial("generate_until", key, results[-1])
+        return results
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         return self.each("loglikelihood", requests, self.likelihood)
@@ -247,9 +268,49 @@ def number_of(ids: Tensor) -> int:
     return zlib.crc32(ids.cpu().numpy().tobytes())
 
 
+@contextmanager
+def explained() -> Iterator[None]:
+    """Makes one line of what the harness says, or asserts, about what it was given."""
+    try:
+        yield
+    except (AssertionError, ValueError, ImportError, NotImplementedError) as error:
+        ours = str(Path(__file__).parents[1]), run.__code__.co_filename
+        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        *_, inner = [file for file in files if "lm_eval" in file or file.startswith(ours)]
+        reason = str(error).strip().partition("\n")[0]
+        if "lm_eval" not in inner or not reason:
+            raise
+        if isinstance(error, AssertionError) and "tokenizer" in reason:
+            reason = "this task needs a tokenizer: --metadata tokenizer=FOLDER, the backbone's"
+        if "did not find any docs" in reason and processes()[1] > 1:
+            reason = "each process needs a document of each task: lower --nproc_per_node"
+        raise UserError(f"lm_eval: {reason}") from None
+
+
+def check_cache(arguments: list[str]) -> None:
+    """--use_cache: a damaged file shows before any work."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-c", "--use_cache", type=Path)
+    path = parser.parse_known_args(arguments)[0].use_cache
+    for file in path.parent.glob(f"{path.name}_rank*.db") if path else ():
+        try:
+            with closing(sqlite3.connect(file)) as kept:
+                [(sound,)] = kept.execute("PRAGMA quick_check(1)")
+        except sqlite3.DatabaseError as error:
+            sound = str(error)
+        if sound != "ok":
+            advice = "delete it if it is damaged (its answers are made again), or name another"
+            raise UserError(f"--use_cache: {file} cannot be used ({sound}): {advice}.")
+
+
 def run(arguments: list[str]) -> None:
     """The harness with our flags in front, or with its own alone."""
     device = "auto"
+    check_cache(arguments)
+    if {"-h", "--help"} & {*arguments} and arguments[0] not in ("ls", "validate"):
+        build_parser().print_help()
+        print("\nThe harness's own flags:\n")
+        arguments = ["run", "--help"]
     if any(word.partition("=")[0] == "--backbone" for word in arguments):
         parser = build_parser()
         args, rest = parser.parse_known_args(arguments)
@@ -259,14 +320,8 @@ def run(arguments: list[str]) -> None:
         arguments = ["--model", "memdlm", "--model_args", json.dumps(own), *rest]
         arguments += ["--device", pick_device(device)]
     sys.argv[1:] = arguments
-    try:
-        with together(pick_device(device)):
-            cli_evaluate()
-    except (ValueError, ImportError, NotImplementedError) as error:
-        *_, last = traceback.extract_tb(error.__traceback__)
-        if "lm_eval" not in last.filename:
-            raise
-        raise UserError(f"lm_eval: {str(error).strip()}".partition("\n")[0]) from None
+    with together(pick_device(device)), explained():
+        cli_evaluate()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from full_scale.babilong import NUMBERS, OBJECTS, PEOPLE, PLACES
 from full_scale.documents import DOCUMENTS
 from full_scale.prompts import Question
 from memdlm import corrupt
-from model import Transformer
+from model import Transformer, UserError
 from sample import guided_logits
 
 # task -> all of its possible answers
@@ -113,6 +113,8 @@ def log_likelihood(
     canvas = corrupt(x0, masked, model.config.mask_id)
     given = (torch.arange(x0.shape[1], device=x0.device) < prompt).expand_as(masked)
     logits = guided_logits(model, canvas, given, fast, cfg_scale, None, masked)  # (M, V)
+    if not logits.isfinite().all():
+        raise UserError("the model's predictions are not finite: look at its weights and settings.")
     nll = F.cross_entropy(logits, x0[masked], reduction="none")  # (M,)
     rows = masked.nonzero()[:, 0]  # (M,) the mask that each hidden token belongs to
     return -nll.new_zeros(len(masked)).index_add(0, rows, nll) / share

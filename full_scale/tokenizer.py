@@ -15,18 +15,20 @@ Glossary
   id          | a row of the embedding: what a model reads and writes; may leave gaps, in any order
   rank        | a token's place in the order of merges, tiktoken's own number of it; ids[rank] = id
   special     | an added token that is [MASK], EOS or markup: typed text never yields it
+  ends        | the special tokens that end an answer: EOS, and those that end an assistant's turn
   added       | any other token beside the merges; it is looked for in the text before they begin
   added_later | the same, but looked for after the normalizer ("normalized": true in the file)
   symbol      | the letter that stands for one byte in the vocabulary of tokenizer.json
 """
 
+import contextlib
 import functools
 import itertools
 import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,6 +66,7 @@ class Tokenizer:
     added_later: dict[str, int] = field(default_factory=dict)
     template: str | None = None  # the chat template, a program in jinja2's language
     names: dict[str, str] = field(default_factory=dict)  # bos_token, ...: a template may print them
+    ends: set[int] = field(default_factory=set)
 
     def __post_init__(self):
         self.added_later = {self.normalize(name): token for name, token in self.added_later.items()}
@@ -72,6 +75,8 @@ class Tokenizer:
         self.pieces = {token: text.encode() for text, token in ordinary.items()}
         for rank, token in enumerate(self.ids):
             self.pieces[token] = self.encoding.decode_single_token_bytes(rank)
+        self.markup = {token: name.encode() for name, token in self.specials.items()}
+        self.ends = {self.eos, *self.ends}
         # One more than the highest id. A backbone's embedding has at least as many rows.
         self.vocab_size = 1 + max(*self.pieces, *self.specials.values())
 
@@ -133,11 +138,39 @@ class Tokenizer:
                 ids += self.encode(covered.sub(lambda found: originals[found[0]], piece))
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        """The text up to the first EOS. Broken UTF-8 shows as U+FFFD, ids without text do not."""
-        if self.eos in ids:
-            ids = ids[: ids.index(self.eos)]
-        return b"".join(self.pieces.get(token, b"") for token in ids).decode(errors="replace")
+    def decode(self, ids: list[int], stops: Sequence[str] = ()) -> str:
+        """The text of an answer, up to the first token that ends one and to the first of `stops`.
+        Broken UTF-8 shows as U+FFFD, ids without text do not.
+
+        A stop may name special tokens. So it is looked for before they are dropped, then in what is
+        left: "yes<|eot|> no" ends at "<|eot|>", and would be "yes no" without it.
+        """
+        spelled = []  # each byte, and whether it is text
+        for token in itertools.takewhile(lambda token: token not in self.ends, ids):
+            text = self.pieces.get(token)
+            spelled += [(byte, text is not None) for byte in text or self.markup.get(token, b"")]
+        whole = bytes(byte for byte, _ in spelled)
+        cut = min((len(whole.partition(stop.encode())[0]) for stop in stops), default=None)
+        text = bytes(byte for byte, is_text in spelled[:cut] if is_text).decode(errors="replace")
+        for stop in stops:
+            text = text.partition(stop)[0]
+        return text
+
+
+def answer_ends(
+    specials: dict[str, int], names: dict[str, str], template: str | None, listed: Collection
+) -> set[int]:
+    """The special tokens that end an answer: what tokenizer_config.json calls eos_token or
+    eot_token, the ids that are `listed` as eos_token_id by the checkpoint's other files, and what
+    the chat template puts right behind an assistant's text."""
+    ends = {names[key] for key in ("eos_token", "eot_token") if names.get(key) in specials}
+    if template is not None:
+        answer = "0123456789"  # a template may trim or capitalise a text: this one stays
+        with contextlib.suppress(UserError):  # one that writes no answers, or fails, names no end
+            behind = render(template, ["Hello", answer], names).partition(answer)[2].lstrip()
+            if found := any_of(specials).match(behind):
+                ends.add(found[0])
+    return {token for name, token in specials.items() if name in ends or token in listed}
 
 
 # ---- tokenizer.json as an exact tiktoken.Encoding ------------------------------------------------
@@ -296,7 +329,16 @@ def sort_added(spec: dict, config: dict) -> dict:
     return fields
 
 
-def build_tokenizer(spec: dict, config: dict, plain: bool) -> Tokenizer:
+def listed_ends(folder: Path) -> list:
+    """The eos_token_id, one or several, of config.json and generation_config.json, if any."""
+    found = []
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        listed = read_json(file).get("eos_token_id") if file.exists() else None
+        found += listed if isinstance(listed, list) else [listed]
+    return found
+
+
+def build_tokenizer(spec: dict, config: dict, plain: bool, listed: Collection) -> Tokenizer:
     """Both files' contents -> Tokenizer, or a ValueError that says what cannot be expressed."""
     check_pipeline(spec)
     template, fields = config.get("chat_template"), sort_added(spec, config)
@@ -305,6 +347,7 @@ def build_tokenizer(spec: dict, config: dict, plain: bool) -> Tokenizer:
         if template is None and not plain:
             raise ValueError("none of its chat templates is named default")
     beside_merges = {*fields["specials"], *fields["added"], *fields["added_later"]}
+    fields["ends"] = answer_ends(fields["specials"], fields["names"], template, listed)
     tokens, ids = order_of_merges(spec["model"], beside_merges)
     both = set(ids) & set(fields["specials"].values())
     if both:
@@ -331,7 +374,7 @@ def load_tokenizer(folder: Path, plain: bool = False) -> Tokenizer:
         own_file = folder / "chat_template.jinja"  # goes first, as in Hugging Face's library
         if own_file.exists():
             config["chat_template"] = own_file.read_text(encoding="utf-8")
-        tokenizer = build_tokenizer(spec, config, plain)
+        tokenizer = build_tokenizer(spec, config, plain, listed_ends(folder))
         tokenizer.encode_prompt("Hello")  # a template that fails shall do so before any work begins
         return tokenizer
     except (ValueError, OSError) as error:

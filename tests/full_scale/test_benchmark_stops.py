@@ -136,6 +136,10 @@ def test_files_that_were_replaced_are_noticed(tmp_path, capsys):
     write_checkpoint(own, "llada", seed=1)
     said = refusal("eval_niah", command(out, f"{ONE} --backbone {own}"), capsys)
     assert "with model.safetensors '" in said
+    write_checkpoint(own, "llada")
+    (own / "generation_config.json").write_text('{"eos_token_id": [523]}')
+    said = refusal("eval_niah", command(out, f"{ONE} --backbone {own}"), capsys)
+    assert "with ends [521, 524], not [521, 523, 524]" in said
     story = "1 Mary moved to the {0}.\n2 Where is Mary? \t{0}\t1\n"
     for name in ("en-10k/qa1", "en-10k/qa2", "shuffled-10k/qa1"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

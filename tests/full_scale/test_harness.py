@@ -4,6 +4,7 @@ samplers and the likelihood say, whatever the batch, the number of processes or 
 """
 
 import json
+import sqlite3
 import sys
 from functools import partialmethod
 from pathlib import Path
@@ -18,7 +19,9 @@ pytest.importorskip("lm_eval")
 
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks.ruler.common_utils import get_tokenizer
 
 import sample
 from full_scale import harness
@@ -68,6 +71,15 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["harness.py"])
 
 
+def write_tasks(folder: Path) -> Path:
+    """Both tasks and their lines."""
+    folder.mkdir()
+    (folder / "two.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    for name, text in TASKS.items():
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n{COMMON.format(folder=folder)}{text}")
+    return folder
+
+
 def flags_for(tasks: Path, out: Path, *more) -> list[str]:
     """A command line: both tasks with a memory, answers kept in OUT."""
     own = ["--backbone", checkpoints()["llada-moe"], "--memory", "--mc-samples", 6]
@@ -114,6 +126,16 @@ def test_an_answer_is_that_of_the_sampler_up_to_the_first_stop(capsys):
         lm.answer("word", {"max_gen_toks": 30})
 
 
+@pytest.mark.parametrize("stops", [[], ["<|role_end|>"], ["<role>"]])
+def test_an_answer_ends_at_special_tokens(stops, monkeypatch):
+    """At the end of the turn, whatever the task says, and at one that it names as a stop."""
+    lm = model_with()
+    end = lm.tokenizer.specials["<role>" if stops == ["<role>"] else "<|role_end|>"]
+    ids = [*lm.tokenizer.encode("yes"), end, *lm.tokenizer.encode(" no")]
+    monkeypatch.setattr(lm, "sampler", lambda tokens: lambda *_, **__: torch.tensor([ids]))
+    assert lm.answer("Is it so?", {"until": stops}) == "yes"
+
+
 def test_a_likelihood_is_the_mean_of_ladas_estimate():
     """Over masks of all sizes. A blank before the continuation belongs to it."""
     lm, context = model_with(mc_samples=10), "Who is it?"
@@ -140,6 +162,39 @@ def test_a_task_that_samples_gets_answers_that_differ():
     answers = model_with().generate_until(four)
     assert len(set(answers)) == 4
     assert model_with().generate_until(four) == answers
+
+
+def sampled(document: int, repeats: int = 2, text: str = "Who is it?") -> list[Instance]:
+    """A document's requests, as the harness has them: a temperature makes them sample."""
+    options = {"temperature": 2.0, "max_gen_toks": 6, "until": []}
+    request = Instance("generate_until", {}, (text, options), 0, ("task", document, repeats))
+    return repeats * [request]
+
+
+def test_answers_that_are_sampled_do_not_depend_on_the_number_of_processes():
+    """Equal texts get equal answers, whether or not one process has both; and so do the requests
+    that fill up a process which has fewer of them."""
+    lm = model_with()
+    [one, two] = lm.generate_until(sampled(0))
+    assert one != two
+    assert lm.generate_until([*sampled(0), *sampled(1)]) == [one, two, one, two]
+    assert lm.generate_until([*sampled(1), *sampled(1)]) == [one, two, one, two]
+
+
+def test_a_cache_keeps_all_answers_to_a_text(tmp_path, monkeypatch):
+    """Also of a call that was stopped after the first of three."""
+    wanted = model_with().generate_until(sampled(0, 3))
+    assert len({*wanted}) == 3
+    answer = MemDLM.answer
+    stop = [answer, lambda *arguments: 1 / 0, lambda *arguments: 1 / 0]
+    monkeypatch.setattr(MemDLM, "answer", lambda *arguments: stop.pop(0)(*arguments))
+    with pytest.raises(ZeroDivisionError):
+        CachingLM(model_with(), str(tmp_path / "kept.db")).generate_until(sampled(0, 3))
+    stop[:] = [answer, answer]
+    for _ in range(2):
+        kept = CachingLM(model_with(), str(tmp_path / "kept.db"))
+        assert kept.generate_until(sampled(0, 3)) == wanted
+    assert stop == [], "one answer was kept, two were made, and none again"
 
 
 @pytest.mark.parametrize("kind", ["llada-moe", "llada2"])
@@ -180,11 +235,7 @@ def test_masks_of_all_sizes_count_alike(tokens, samples):
 def test_order_batch_processes_and_stops_change_nothing(tmp_path, monkeypatch):
     """One process; one named as the harness names models (--model memdlm --model_args ...); two,
     with other batches; and one that was stopped after two answers."""
-    tasks, one = tmp_path / "tasks", tmp_path / "one"
-    tasks.mkdir()
-    (tasks / "two.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
-    for name, text in TASKS.items():
-        (tasks / f"{name}.yaml").write_text(f"task: {name}\n{COMMON.format(folder=tasks)}{text}")
+    tasks, one = write_tasks(tmp_path / "tasks"), tmp_path / "one"
     harness.run(flags_for(tasks, one))
     wanted = said(one)
     assert len({json.dumps(answer) for answers in wanted.values() for answer in answers}) == 4
@@ -209,6 +260,78 @@ def test_order_batch_processes_and_stops_change_nothing(tmp_path, monkeypatch):
     for flag in ("--steps=2", f"--adapter={adapter_for('llada-moe')}"):
         with pytest.raises(UserError, match="has answers of another model or other flags"):
             harness.run(flags_for(tasks, tmp_path / "other", f"--use_cache={kept}", flag))
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling", "generate_until"])
+def test_predictions_that_are_not_finite_are_no_result(kind):
+    lm = model_with(mc_samples=2)
+    lm.model.embedding.weight.data.fill_(torch.nan)
+    given = {"loglikelihood_rolling": ("Who?",), "loglikelihood": ("Who?", " Mary")}
+    request = Instance(kind, {}, given.get(kind, ("Who?", {"max_gen_toks": 2})), 0)
+    with pytest.raises(UserError, match=r"^the model's predictions are not finite"):
+        getattr(lm, kind)([request])
+
+
+@pytest.mark.parametrize("damage", ["replaced", "cut off"])
+def test_a_damaged_cache_is_one_line_at_the_start(tmp_path, monkeypatch, damage):
+    """An empty file, as a stop may leave it, is none."""
+    monkeypatch.setattr(harness, "cli_evaluate", lambda: None)
+    path = tmp_path / "kept_rank1.db"
+    path.touch()
+    harness.run(["--use_cache", str(tmp_path / "kept"), "--tasks", "x"])
+    with sqlite3.connect(path) as file:
+        file.execute("CREATE TABLE unnamed (key TEXT PRIMARY KEY, value BLOB)")
+        file.executemany("INSERT INTO unnamed VALUES (?, ?)", [(i, 500 * "x") for i in range(50)])
+    harness.run(["--use_cache", str(tmp_path / "kept"), "--tasks", "x"])
+    whole = path.read_bytes()
+    path.write_bytes(b"x" + whole[1:] if damage == "replaced" else whole[:9000])
+    with pytest.raises(
+        UserError, match=r"^--use_cache: [^\n]*kept_rank1.db cannot be used [^\n]*$"
+    ):
+        harness.run(["--use_cache", str(tmp_path / "kept"), "--tasks", "x"])
+
+
+def no_documents():
+    """As if the harness had raised it."""
+    text = "raise ValueError('task.build_requests() did not find any docs!')"
+    exec(compile(text, "lm_eval/api/task.py", "exec"))
+
+
+SAYS = {
+    "--metadata tokenizer=": get_tokenizer,  # of RULER's tasks: an assertion
+    "needs a document of each task: lower --nproc_per_node": no_documents,
+}
+
+
+@pytest.mark.parametrize("advice", SAYS)
+def test_what_the_harness_refuses_is_one_line_that_says_what_works(advice, monkeypatch):
+    monkeypatch.setattr(harness, "cli_evaluate", SAYS[advice])
+    monkeypatch.setattr(harness, "processes", lambda: (1, 2))
+    with pytest.raises(UserError, match=f"^lm_eval: [^\n]*{advice}[^\n]*$"):
+        harness.run(["--tasks", "x"])
+    monkeypatch.setattr(harness, "cli_evaluate", lambda: [][0])
+    with pytest.raises(IndexError):
+        harness.run(["--tasks", "x"])
+
+
+def test_the_harness_puts_nothing_into_templates_itself(tmp_path):
+    tasks = write_tasks(tmp_path / "tasks")
+    with pytest.raises(UserError, match=r"^--apply_chat_template [^\n]* say --chat\.$"):
+        harness.run(flags_for(tasks, tmp_path, "--apply_chat_template"))
+    for task in TASKS:
+        with pytest.raises(UserError, match=r"^lm_eval: Elements of --samples [^\n]*$"):
+            harness.run(
+                flags_for(tasks, tmp_path, "--tasks", task, "--samples", f'{{"{task}":[9]}}')
+            )
+
+
+def test_help_lists_our_flags_and_the_harness_s(capsys):
+    with pytest.raises(SystemExit) as stop:
+        harness.run(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert "--backbone" in said.partition("The harness's own flags:")[0]
+    assert "--use_cache" in said.partition("The harness's own flags:")[2]
 
 
 REFUSED = {

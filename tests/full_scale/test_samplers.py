@@ -26,14 +26,16 @@ from backbones import (
 from commands import FOLDER, checkpoints, refusal
 from test_finetune import tune
 from torch import Tensor
+from toys import ONE, command, predictions
 from toys import ask as evaluate
-from toys import command, predictions
 
 import sample
+from full_scale import benchmark, samplers
 from full_scale.adapters import save_adapter
 from full_scale.cache import VARIANTS, CachedLogits, cached
 from full_scale.checkpoints import count, linear_layers
 from full_scale.samplers import generate_llada2
+from full_scale.tokenizer import load_tokenizer
 from lab.tools import start
 from memdlm import Memory
 from model import Attention, Config, Transformer, init_weights
@@ -124,6 +126,20 @@ def test_temperature_and_seed_draw_other_tokens_and_other_memories():
     hot = [ask(f"--temperature 5 --seed {seed}")[0][-1] for seed in (0, 0, 1)]
     assert hot[0] == hot[1] != hot[2]
     assert not torch.equal(ask("--memory --seed 0")[1][0], ask("--memory --seed 1")[1][0])
+
+
+@pytest.mark.parametrize("kind", ["llada", "llada-moe", "llada2"])
+def test_what_follows_the_end_of_a_turn_is_no_part_of_an_answer(kind, tmp_path, monkeypatch):
+    """ "yes", end of turn, " no" is "yes", be it printed or scored."""
+    tokenizer = load_tokenizer(checkpoints()[kind])
+    end = tokenizer.specials["<|role_end|>"]
+    ids = torch.tensor([[*tokenizer.encode("yes"), end, *tokenizer.encode(" no")]])
+    for module in (samplers, benchmark):
+        monkeypatch.setattr(module, "sampler_for", lambda *_: lambda *_, **__: ids)
+    printed, asked = ask("--quiet", kind)
+    assert (printed, asked) == (["yes"], [])
+    evaluate(tmp_path, f"{ONE} --backbone {checkpoints()[kind]}")
+    assert predictions(tmp_path, "base") == ["yes"]
 
 
 def test_a_prompt_is_written_with_the_memory_of_the_training(tmp_path, monkeypatch, capsys):

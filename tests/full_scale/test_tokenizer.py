@@ -159,6 +159,53 @@ def test_decode_ends_at_eos_and_skips_what_has_no_text():
     assert TOY.decode([*TOY.encode("東")[:1], *yes]) == "\ufffdyes"
 
 
+def test_decode_looks_for_ends_and_stops_before_special_tokens_are_dropped():
+    """ "yes", end of turn, "no" is "yes". What is left when they are dropped is searched, too."""
+    yes, role, no = TOY.encode("yes"), TOY.specials["<role>"], TOY.encode("no")
+    assert TOY.decode([*yes, TOY.specials["<|role_end|>"], *no]) == "yes"
+    said = [*yes, role, *no, role, *no]
+    assert TOY.decode(said, ["<role>"]) == "yes"
+    assert TOY.decode(said, ["nothing", "o<role>no", "s<role>"]) == "ye"
+    assert TOY.decode(said, ["non"]) == "yes"
+    assert TOY.decode(TOY.encode("a<role>b"), ["b"]) == "a<role>", "typed, it is text"
+
+
+A_TURN = "{{ messages[0].content }}{% if messages[1] %}{{ messages[1].content | trim }}"
+ENDS = {  # what says so -> (the special tokens that end an answer beside EOS, the files)
+    "the chat template": (["<|role_end|>"], {}),
+    "a template, after a line end": (
+        ["</role>"],
+        {"chat_template": A_TURN + "\n</role>{% endif %}"},
+    ),
+    "a template without such a token": ([], {"chat_template": A_TURN + "\nEnd<role>{% endif %}"}),
+    "a template that refuses answers": (
+        [],
+        {"chat_template": A_TURN + "{{ raise_exception('no') }}{% endif %}"},
+    ),
+    "nothing": ([], {"chat_template": None}),
+    "eot_token": (["<role>"], {"chat_template": None, "eot_token": "<role>"}),
+    "generation_config.json": (
+        ["</role>"],
+        {"chat_template": None, "generation_config": ["</role>"]},
+    ),
+    "config.json, one": (["</role>"], {"chat_template": None, "config": "</role>"}),
+    "an ordinary token": ([], {"chat_template": None, "generation_config": ["a"]}),
+}
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("source", ENDS)
+def test_an_answer_ends_where_the_checkpoint_says_that_a_turn_ends(tmp_path, source, plain):
+    names, config = ENDS[source]
+    ids = TOY.specials | {"a": TOY.encode("a")[0]}
+    for file in ("generation_config", "config"):
+        if listed := config.get(file):
+            ends = ids[listed] if isinstance(listed, str) else [ids[name] for name in listed]
+            (tmp_path / f"{file}.json").write_text(json.dumps({"eos_token_id": ends}))
+    tokenizer = loaded(tmp_path, SPEC, plain, **config)
+    assert tokenizer.ends == {TOY.eos, *(ids[name] for name in names)}
+
+
 @pytest.mark.parametrize("text", [" " * 1_000_000, "one two" + "\u3000" * 1_200_000 + "three"])
 def test_a_million_blanks_are_one_clear_error(capfd, text):
     """tiktoken would panic at them, and Rust would report that on stderr by itself."""
