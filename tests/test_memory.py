@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import slow
 import torch
-from slow import assert_set_equals, one_set, seeded, some_rows, with_prefixes
+from slow import (
+    assert_gradients_equal,
+    assert_set_equals,
+    one_set,
+    seeded,
+    some_rows,
+    with_prefixes,
+)
 from teaching import assert_same
 
 import data
@@ -26,19 +33,41 @@ def test_each_token_is_masked_with_probability_t():
     deviations of its t, and the levels of 20,000 rows are spread evenly."""
     t, masked = draw_anchor(torch.ones(200, 4000, dtype=torch.bool), seeded())
     assert (t.shape, masked.shape) == ((200,), (200, 4000)), "t is one number a row: (B,)"
-    share = masked.double().mean(1)
-    error = (share - t).abs() / (t * (1 - t) / 4000).sqrt()
-    row = int(error.argmax())
+    share, variance = masked.double().mean(1), t * (1 - t)
+    by_row = (share - t) / (variance / 4000).sqrt()
+    row = int(by_row.abs().argmax())
     assert len(t.unique()) > 100, f"{len(t.unique())} of 200 rows have a t of their own: draw (B,)"
     told = f"row {row} drew t = {t[row]:.2f}, but {share[row]:.2f} of its tokens are masked"
-    assert error.max() < 5, f"{told}: each must be masked with chance t, one t for a whole row"
-    t = draw_anchor(torch.ones(20_000, 1, dtype=torch.bool), seeded(), eps=0.1).t
+    assert by_row.abs().max() < 5, f"{told}: each is masked with chance t, one t for a whole row"
+    by_column = (masked.sum(0) - t.sum()) / variance.sum().sqrt()
+    for kind, found in (("row", by_row), ("column", by_column)):  # both scatter by 1
+        told = (
+            f"the number of masked tokens of a {kind} scatters {found.var():.2f} times as it must"
+        )
+        hint = "draw for each token by itself, no exact number of a row and no number for all rows"
+        assert (found.var() - 1).abs() < 5 * math.sqrt(2 / len(found)), f"{told}: {hint}"
+
+
+@pytest.mark.step1
+def test_the_noise_level_is_uniform_and_drawn_for_each_row():
+    """20,000 rows of one token. The ninths of (eps, 1) are as even as chance makes them (chi-square
+    of 8 degrees of freedom), and not evener. The generator decides everything."""
+    maskable, generator = torch.ones(20_000, 1, dtype=torch.bool), seeded()
+    t, masked = draw_anchor(maskable, generator, eps=0.1)
     assert t.min() >= 0.1, f"t = {t.min():.3f} < eps = 0.1: the weight 1/t would be without bound"
-    again = draw_anchor(torch.ones(20_000, 1, dtype=torch.bool), seeded(), eps=0.1).t
-    assert torch.equal(t, again), "the same generator has drawn something else: is it used?"
-    share = torch.histc(t, 9, 0.1, 1.0) / len(t)
-    even = (share - 1 / 9).abs().max() < 5 * math.sqrt(1 / 9 * 8 / 9 / len(t))
-    assert even, f"t is not uniform on (eps, 1): ninths of that range hold {share.tolist()}"
+    for drawn, again in zip((t, masked), draw_anchor(maskable, seeded(), eps=0.1)):
+        told = (
+            "the same generator has drawn something else: are t and the masks both drawn from it?"
+        )
+        assert torch.equal(drawn, again), told
+    assert not torch.equal(t, draw_anchor(maskable, generator, eps=0.1).t), "each draw is the same"
+    share = torch.histc(t, 9, 0.1, 1.0).double() / len(t)
+    told = f"t is not uniform on (eps, 1): ninths of that range hold {share.tolist()}"
+    assert 0.2 < (share - 1 / 9).square().sum() * 9 * len(t) < 45, told
+    share = masked.double().mean()
+    told = f"of rows of one token {share:.3f} are masked, and their mean t is {t.mean():.3f}"
+    assert (share - t.mean()).abs() < 0.018, told
+    assert draw_anchor(maskable, seeded()).t.min() < 0.002, "unless it is said, eps is 0.001"
 
 
 @pytest.mark.step1
@@ -49,18 +78,27 @@ def test_corruption_hides_response_tokens_and_nothing_else(batch):
         masked = draw_anchor(batch.maskable, seeded(seed)).masked
         prompt = int((masked & ~batch.maskable).sum())
         assert prompt == 0, f"{prompt} prompt tokens are masked: M_t must lie inside `maskable`"
-    x_t = memdlm.corrupt(batch.x0, masked, data.MASK)
-    assert (x_t[masked] == data.MASK).all(), "a place of `masked` does not hold [MASK]"
+    x_t = memdlm.corrupt(batch.x0, masked, data.MASK - 1)
+    assert x_t.dtype == batch.x0.dtype, f"x_t holds {x_t.dtype}, and no ids"
+    assert (x_t[masked] == data.MASK - 1).all(), "a place of `masked` does not hold mask_id"
     assert torch.equal(x_t[~masked], batch.x0[~masked]), "a token outside `masked` has changed"
     kept = torch.equal(batch.x0, before)
     assert kept, "x_0, the target, was changed in place: make a copy"
 
 
+@pytest.mark.step2(first=True)
+def test_the_loss_sends_a_gradient_to_every_weight(model, batch, anchor):
+    """A loss without its graph, or with a half of it, has the right value and trains nothing."""
+    loss = memdlm.denoising_loss(model, batch, anchor, memdlm.embed(model, batch.x0, anchor.masked))
+    assert_gradients_equal(model, loss, slow.outer_loss(model, batch, anchor, {}))
+
+
 @pytest.mark.step2
 @torch.no_grad()
 def test_the_loss_is_eq_2(model, batch, anchor):
-    """Four rows with t = .31, .22, .6, .15 mask 3, 2, 5 and 1 of 10, 9, 8 and 7 maskable tokens.
+    """Four rows with t = .31, .22, .6, .0015 mask 3, 2, 5 and 1 of 10, 9, 8 and 7 maskable tokens.
     Each nll is weighted by 1 / (t + 1e-6) of its row, and the sum divided by 34."""
+    anchor = anchor._replace(t=torch.tensor([0.31, 0.22, 0.6, 0.0015]))
     nll = slow.nll(model, {}, batch, anchor.masked)  # (B, T), zero where nothing is masked
     weight = (1 / (anchor.t + 1e-6))[:, None]
     whole = slow.nll(model, {}, batch, batch.maskable) * weight
@@ -84,8 +122,11 @@ def test_the_loss_is_eq_2(model, batch, anchor):
     assert_same(later, loss, "the same from layer 2 on", hint="h is what the layer `start` reads.")
     fast = init_fast(model, Memory(rank=3, alpha=6.0, fraction=0.5), 4, seeded())
     fast = fast.with_tensors([part + 0.05 for part in fast.tensors()])
+    rows = [slow.merge(model, one_set(fast, i), fast.scale) for i in range(4)]
+    written = torch.stack([slow.nll(model, rows[i], batch, anchor.masked)[i] for i in range(4)])
     with_memory = memdlm.denoising_loss(model, batch, anchor, h, 2, fast)
-    assert not torch.equal(with_memory, loss), "`fast` has no effect: hand it to model.run (Eq. 9)"
+    mistakes = {"`fast` has no effect: hand it to model.run (Eq. 9)": loss}
+    assert_same(with_memory, (written * weight).sum() / 34, "the loss with a memory", mistakes)
     part = batch._replace(attention_mask=torch.arange(12) < torch.tensor([[12], [12], [12], [9]]))
     hidden = slow.nll(model, {}, part, anchor.masked) * weight
     loss = memdlm.denoising_loss(model, part, anchor, memdlm.embed(model, batch.x0, anchor.masked))
