@@ -276,4 +276,4 @@ def run(arguments: list[str]) -> None:
         f"The base model denoises a test example:\n\n{views['text']}\n\n{report.report(results)}\n"
     )
     print(f"training {training:.0f} s, evaluation {results['evaluation_seconds']:.0f} s, ", end="")
-    print(f"{results['peak_memory_gib']:.2f} GiB; written to {out}/")
+    print(f"{report.number_text(results['peak_memory_gib'])} GiB; written to {out}/")

@@ -187,9 +187,9 @@ def verdict_on(gains: list[float]) -> str:
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def number_text(value: float, digits: int = 2) -> str:
-    """0.83, or "-" for nan."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+def number_text(value: float | None, digits: int = 2) -> str:
+    """0.83, or "-" for nan and None."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def interval_text(values: Iterable[float]) -> str:
