@@ -29,45 +29,40 @@ from memdlm import Anchor, Memory, draw_anchor, draw_pre_anchor, init_fast
 
 @pytest.mark.step1
 def test_each_token_is_masked_with_probability_t():
-    """Eq. 1, with t ~ U(eps, 1). Each row's share of 4000 tokens lies within five standard
-    deviations of its t, and the levels of 20,000 rows are spread evenly."""
+    """Eq. 1: of 200 rows of 4000 tokens, the number of masked ones in a row, and in a column, is as
+    near to what the rows' t say as chance makes it, and no nearer: it scatters by 1."""
     t, masked = draw_anchor(torch.ones(200, 4000, dtype=torch.bool), seeded())
     assert (t.shape, masked.shape) == ((200,), (200, 4000)), "t is one number a row: (B,)"
-    share, variance = masked.double().mean(1), t * (1 - t)
-    by_row = (share - t) / (variance / 4000).sqrt()
-    row = int(by_row.abs().argmax())
     assert len(t.unique()) > 100, f"{len(t.unique())} of 200 rows have a t of their own: draw (B,)"
+    share, variance = masked.double().mean(1), t * (1 - t)
+    by_row, by_column = (share - t) / (variance / 4000).sqrt(), masked.sum(0) - t.sum()
+    row = int(by_row.abs().argmax())
     told = f"row {row} drew t = {t[row]:.2f}, but {share[row]:.2f} of its tokens are masked"
     assert by_row.abs().max() < 5, f"{told}: each is masked with chance t, one t for a whole row"
-    by_column = (masked.sum(0) - t.sum()) / variance.sum().sqrt()
-    for kind, found in (("row", by_row), ("column", by_column)):  # both scatter by 1
-        told = (
-            f"the number of masked tokens of a {kind} scatters {found.var():.2f} times as it must"
-        )
-        hint = "draw for each token by itself, no exact number of a row and no number for all rows"
+    for kind, found in (("row", by_row), ("column", by_column / variance.sum().sqrt())):
+        told = f"the number of masked tokens in a {kind} scatters by {found.var():.2f}, not by 1"
+        hint = "each token is drawn by itself: no fixed number a row, no number for all rows"
         assert (found.var() - 1).abs() < 5 * math.sqrt(2 / len(found)), f"{told}: {hint}"
 
 
 @pytest.mark.step1
 def test_the_noise_level_is_uniform_and_drawn_for_each_row():
-    """20,000 rows of one token. The ninths of (eps, 1) are as even as chance makes them (chi-square
-    of 8 degrees of freedom), and not evener. The generator decides everything."""
+    """t ~ U(eps, 1): of 20,000 rows of one token, ninths of that range are as even as chance makes
+    them, and no evener (chi-square, 8 degrees of freedom). The generator decides everything."""
     maskable, generator = torch.ones(20_000, 1, dtype=torch.bool), seeded()
     t, masked = draw_anchor(maskable, generator, eps=0.1)
     assert t.min() >= 0.1, f"t = {t.min():.3f} < eps = 0.1: the weight 1/t would be without bound"
-    for drawn, again in zip((t, masked), draw_anchor(maskable, seeded(), eps=0.1)):
-        told = (
-            "the same generator has drawn something else: are t and the masks both drawn from it?"
-        )
-        assert torch.equal(drawn, again), told
-    assert not torch.equal(t, draw_anchor(maskable, generator, eps=0.1).t), "each draw is the same"
+    again = draw_anchor(maskable, seeded(), eps=0.1)
+    same = torch.equal(t, again.t) and torch.equal(masked, again.masked)
+    assert same, "the same generator has drawn something else: are t and masks both drawn from it?"
     share = torch.histc(t, 9, 0.1, 1.0).double() / len(t)
     told = f"t is not uniform on (eps, 1): ninths of that range hold {share.tolist()}"
     assert 0.2 < (share - 1 / 9).square().sum() * 9 * len(t) < 45, told
-    share = masked.double().mean()
-    told = f"of rows of one token {share:.3f} are masked, and their mean t is {t.mean():.3f}"
-    assert (share - t.mean()).abs() < 0.018, told
-    assert draw_anchor(maskable, seeded()).t.min() < 0.002, "unless it is said, eps is 0.001"
+    told = (
+        f"{masked.double().mean():.3f} of single tokens are masked, with a mean t of {t.mean():.3f}"
+    )
+    assert (masked.double().mean() - t.mean()).abs() < 0.018, told
+    assert draw_anchor(maskable, generator).t.min() < 0.002, "unless it is said, eps is 0.001"
 
 
 @pytest.mark.step1
@@ -167,7 +162,7 @@ def test_the_pre_anchor_contains_the_anchor_and_stays_in_the_response(batch, sca
     the published code, whose table test_published.py holds."""
     for seed in range(30):
         masked = draw_anchor(batch.maskable, seeded(seed)).masked
-        pre_masked = draw_pre_anchor(masked, batch.maskable, scale, seeded(seed + 100))
+        pre_masked = draw_pre_anchor(masked.clone(), batch.maskable, scale, seeded(seed + 100))
         shown = int((masked & ~pre_masked).sum())
         told = f"{shown} tokens that the anchor masks are visible in the pre-anchor"
         assert shown == 0, f"{told}: keep all that the anchor masks, and draw *further* ones"
@@ -194,7 +189,9 @@ def test_the_pre_anchor_hides_every_further_token_equally_often():
 def test_the_two_stages_are_pre_anchor_and_anchor(batch, anchor):
     """In this order, both at all of their masked tokens, each weighted by 1 / (q + 1e-6) with the
     share q of the maskable tokens that it really masks; stage 1 names what stage 2 masks."""
+    before = anchor.masked.clone()
     stages = memdlm.two_stages(anchor, batch.maskable, Memory(), seeded(5))
+    assert torch.equal(anchor.masked, before), "the anchor was changed in place: make a copy"
     assert len(stages) == 2, f"K = 2 stages, not {len(stages)}"
     pre, last = stages
     assert torch.equal(last.masked, anchor.masked), "stage 2 is to read the anchor itself, x_t"
@@ -277,7 +274,12 @@ def test_two_stages_equal_the_slow_way(model, batch, stages, memory, fraction, c
     if not weighted:  # as where a prompt is written (Sec. 4.5)
         stages = [stage._replace(weight=torch.ones(4)) for stage in stages]
     fast = init_fast(model, memory, 1, seeded())
+    before = [part.clone() for part in fast.tensors()]
     got, losses = memdlm.inner_loop(model, batch, stages, fast, memory)
+    assert all(map(torch.equal, fast.tensors(), before)), "phi_0 was changed in place"
+    first = with_prefixes(model, batch, stages, memory)[0]
+    first = memdlm.stage_loss(model, batch, first, fast, memory)
+    assert_same(losses[0], first, "the loss of stage 1, which is that *before* its step")
     assert not any(part.requires_grad for part in (*got.tensors(), losses)), (
         "detach what you return"
     )
@@ -297,6 +299,8 @@ def test_an_inner_step_finds_its_gradient_where_gradients_are_off(model, batch, 
     except RuntimeError as error:
         pytest.fail(f"under torch.no_grad(): {error}. Take the gradient in torch.enable_grad()")
     assert all(map(torch.equal, got.tensors(), usual.tensors())), "another step under no_grad"
+    told = "an inner step leaves a gradient in theta, which the outer step would add to its own"
+    assert all(p.grad is None for p in model.parameters()), f"{told}: take torch.autograd.grad"
 
 
 @pytest.mark.step5
@@ -337,6 +341,11 @@ def test_a_stage_is_weighted_by_the_share_that_it_really_masks(model, batch, sta
             "the rows of a set lie side by side: view(N, -1), not view(-1, N)": aside[0] / aside[1],
         }
         assert_same(loss, expected, f"the loss of {sets} sets", mistakes)
+    some = stage._replace(scored=stage.masked & (torch.arange(12) > 4))  # 2, 1, 4 and 1 of them
+    expected = (slow.nll(model, {}, batch, stage.masked) * some.scored).sum(1) * stage.weight
+    loss = memdlm.stage_loss(model, batch, some, init_fast(model, memory, 4, seeded()), memory)
+    hint = "Sum, and count, at stage.scored, and not at all that stage.masked hides."
+    assert_same(loss, expected / torch.tensor([2, 1, 4, 1]), "a loss at some places", hint=hint)
     part = batch._replace(attention_mask=torch.arange(12) < torch.tensor([[12], [12], [12], [9]]))
     stage = with_prefixes(model, part, stages, memory)[1]
     hidden = slow.nll(model, {}, part, stage.masked).sum(1) * stage.weight / count
@@ -380,14 +389,30 @@ def test_a_non_finite_loss_skips_its_own_update_alone(model, batch, stages, memo
 
 
 @pytest.mark.step5
+def test_an_infinite_loss_skips_its_set_where_the_gradient_is_finite(model, batch, stages, memory):
+    """A token of row 1 has chance 0: -log p is infinite, and its gradient, p - 1, is not."""
+    batch.x0[1, 3], never = data.EOS, torch.zeros(data.VOCAB_SIZE)
+    never[data.EOS] = -math.inf
+    model.output.register_forward_hook(lambda module, inputs, logits: logits + never)
+    fast = init_fast(model, memory, 4, seeded())
+    stage = with_prefixes(model, batch, stages, memory)[1]
+    got, loss = memdlm.inner_step(model, batch, stage, fast, memory)
+    assert loss.isinf().tolist() == [False, True, False, False]
+    for before, after in zip(fast.tensors()[1::2], got.tensors()[1::2]):  # each B
+        assert torch.equal(before[1], after[1]), "set 1 has moved, though its loss is infinite"
+        assert not torch.equal(before[0], after[0]), "set 0 has not moved: its loss is finite"
+
+
+@pytest.mark.step5
 def test_a_gradient_that_is_not_finite_skips_its_own_matrix_alone(model, batch, stages, memory):
-    """The loss is finite, but row 1 sends a NaN back into the gate of layer 2: that A and B of set
-    1 stay, and all others move as they would have."""
+    """The loss is finite, but row 1 sends a NaN back into one unit of the gate of layer 2: that A
+    and B of set 1 stay, all of them, and all others move as they would have."""
     fast = init_fast(model, memory, 4, seeded())
     fast = fast.with_tensors([part + 0.02 for part in fast.tensors()])
     stage = with_prefixes(model, batch, stages, memory)[1]
     usual, _ = memdlm.inner_step(model, batch, stage, fast, memory)
-    broken = torch.ones(4, 1, 1, dtype=torch.float64).index_fill(0, torch.tensor(1), math.nan)
+    broken = torch.ones(4, 1, 48, dtype=torch.float64)
+    broken[1, 0, 0] = math.nan
 
     def spoil(module, inputs, output) -> None:
         output.register_hook(lambda grad: grad * broken)
