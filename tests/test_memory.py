@@ -39,9 +39,10 @@ def test_each_token_is_masked_with_probability_t():
     row = int(by_row.abs().argmax())
     told = f"row {row} drew t = {t[row]:.2f}, but {share[row]:.2f} of its tokens are masked"
     assert by_row.abs().max() < 5, f"{told}: each is masked with chance t, one t for a whole row"
-    for kind, found in (("row", by_row), ("column", by_column / variance.sum().sqrt())):
+    columns = by_column / variance.sum().sqrt(), "column", "is one number drawn for all rows?"
+    rows = by_row, "row", "is a fixed number masked, or one drawn for several tokens?"
+    for found, kind, hint in (columns, rows):
         told = f"the number of masked tokens in a {kind} scatters by {found.var():.2f}, not by 1"
-        hint = "each token is drawn by itself: no fixed number a row, no number for all rows"
         assert (found.var() - 1).abs() < 5 * math.sqrt(2 / len(found)), f"{told}: {hint}"
 
 
@@ -58,10 +59,9 @@ def test_the_noise_level_is_uniform_and_drawn_for_each_row():
     share = torch.histc(t, 9, 0.1, 1.0).double() / len(t)
     told = f"t is not uniform on (eps, 1): ninths of that range hold {share.tolist()}"
     assert 0.2 < (share - 1 / 9).square().sum() * 9 * len(t) < 45, told
-    told = (
-        f"{masked.double().mean():.3f} of single tokens are masked, with a mean t of {t.mean():.3f}"
-    )
-    assert (masked.double().mean() - t.mean()).abs() < 0.018, told
+    alone = masked.double().mean()
+    told = f"{alone:.3f} of single tokens are masked, but the mean t is {t.mean():.3f}"
+    assert (alone - t.mean()).abs() < 0.018, told
     assert draw_anchor(maskable, generator).t.min() < 0.002, "unless it is said, eps is 0.001"
 
 

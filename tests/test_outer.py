@@ -199,6 +199,7 @@ def test_micro_batches_add_up_and_one_has_a_graph_at_a_time(model, batch, anchor
     taken = train_step(model, torch.optim.SGD([p], lr=1.0), losses(), clip)
     told = f"the losses add up to {whole.item():.6f}; the step has returned {taken}"
     assert taken == (True, pytest.approx(whole.item(), rel=1e-9)), told
+    assert isinstance(taken[1], float), "the sum is a float: a tensor may hold on to a graph"
     step = grads["layers.0.mlp.up.weight"] * (clip / norm if clip else 1)
     hint = "Clip once, behind the last backward."
     torch.testing.assert_close(before - p.detach(), step, rtol=1e-4, atol=1e-9, msg=hint)
