@@ -43,8 +43,10 @@ STEPS = {
 
 def written_functions(path: Path) -> set[str]:
     """The functions that a file defines, but for those that end in `raise NotImplementedError`."""
+    if path.suffix != ".py":
+        raise UserError(f"--student: {path} is no Python file, whose name ends in .py.")
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), path.name)
+        tree = ast.parse(path.read_bytes(), path.name)  # in the encoding that Python would read
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"--student: cannot read {path}: {error}.") from None
     found = set()
@@ -63,19 +65,23 @@ def load(path: Path) -> ModuleType:
     sys.modules["student"] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the student's own lines may raise
+    except (Exception, SystemExit) as error:  # whatever the student's own lines may raise
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}, line {last.lineno}"
-        raise UserError(f"--student: {path} does not load: {error} ({where}).") from None
+        reason = "it calls sys.exit" if isinstance(error, SystemExit) else error
+        raise UserError(f"--student: {path} does not load: {reason} ({where}).") from None
     return module
 
 
 def returning(function: FunctionType) -> FunctionType:
-    """The same function, which says so where it returns nothing."""
+    """The same function, which says so where it returns nothing, or ends the program."""
 
     @functools.wraps(function)
     def call(*arguments, **options):
-        result = function(*arguments, **options)
+        try:
+            result = function(*arguments, **options)
+        except SystemExit:
+            raise UserError(f"--student: {function.__name__} calls sys.exit.") from None
         if result is None:
             raise TypeError(f"{function.__name__} has returned None: is its `return` missing?")
         return result

@@ -37,7 +37,15 @@ from full_scale.scoring import METRICS, metrics_of
 from lab import tools
 from lab.ask import decoding_flags
 from lab.pictures import canvas_text
-from lab.report import PLAIN, WITH_MEMORY, as_floats, bias_records, mean_of, title
+from lab.report import (
+    PLAIN,
+    WITH_MEMORY,
+    as_floats,
+    bias_records,
+    mean_of,
+    number_text,
+    title,
+)
 from lab.tools import DEVICES, Parser, real, whole
 from lab.variants import WRITE_RULES, check_write_flags, memory_of, write_with
 from memdlm import generator_for
@@ -403,5 +411,5 @@ def evaluate(args: argparse.Namespace, device: str) -> None:
     tools.write_json(out / "results.json", results)
     tools.write_text(out / "table.md", report.report(results) + "\n")
     report.draw_pictures(results, out)
-    peak = f"Peak memory {tools.peak_memory(device):.2f} GiB. Written to {out}/."
+    peak = f"Peak memory {number_text(tools.peak_memory(device))} GiB. Written to {out}/."
     print(f"{report.report(results)}\n\n{report.cost_table(answers)}\n\n{peak}")

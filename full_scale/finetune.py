@@ -19,7 +19,6 @@ Glossary
 
 import argparse
 import math
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -37,7 +36,7 @@ from full_scale.adapters import save_adapter
 from full_scale.checkpoints import add_outer_lora
 from full_scale.configs import BACKBONES
 from full_scale.pairs import PADS, collate, find_data, length_grouped, read_data, split_pairs
-from full_scale.processes import processes, spread, together
+from full_scale.processes import launched, processes, spread, together
 from lab import tools
 from lab.tools import Parser, real, whole
 from lab.training import LOSSES, METHODS, Phase, measure_losses, train
@@ -253,7 +252,7 @@ def run(arguments: list[str]) -> None:
         parser.refuse(args, ["epochs"], "has no effect beside --steps, which counts by itself")
     if args.load_4bit:
         parser.refuse(args, ["shard"], "is for whole weights: those of --load-4bit are small")
-    if "LOCAL_RANK" not in os.environ:
+    if not launched():
         parser.refuse(args, ["shard"], "spreads weights over processes: start it by torchrun")
     with together(tools.pick_device(args.device)) as device:
         fine_tune(args, device)

@@ -10,18 +10,30 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from model import UserError
+
+# torch.distributed is imported where it is used: one process needs none, and some builds lack it.
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launched() -> bool:
+    """Whether torchrun has started this process: it sets all of LAUNCHED. A cluster's scheduler may
+    set some by itself, which is refused only where they speak of several processes."""
+    missing = [name for name in LAUNCHED if not os.environ.get(name)]
+    if missing and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        found = f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {' and '.join(missing)} is not set"
+        raise UserError(f"{found}: start by torchrun, or unset WORLD_SIZE for one process.")
+    return not missing
 
 
 def join_processes(device: str) -> str:
     """Under torchrun, joins the other processes, each on a GPU of its own. Returns the device."""
-    if "LOCAL_RANK" not in os.environ:
+    if not launched():
         return device
+    import torch.distributed as dist
+
     if device == "cuda":
         number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if number >= there:
@@ -36,8 +48,8 @@ def join_processes(device: str) -> str:
 
 def processes() -> tuple[int, int]:
     """This process's number, and how many there are: (0, 1) unless started by torchrun."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
+    if launched():
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return 0, 1
 
 
@@ -49,14 +61,17 @@ def together(device: str) -> Iterator[str]:
     rank, _ = processes()
     with nullcontext() if rank == 0 else redirect_stdout(io.StringIO()):
         yield device
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if launched():
+        torch.distributed.destroy_process_group()
 
 
 def spread(layer: nn.Module) -> None:
     """Leaves in this process its share of a layer's frozen weights. They are put together for each
     pass through the layer, forward or backward, and let go after it (FSDP2); nothing is fetched
     ahead. A LoRA that is added later stays whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     _, world = processes()
     kind = next(layer.parameters()).device.type
     fully_shard(layer, mesh=init_device_mesh(kind, (world,)), reshard_after_forward=True)
@@ -67,5 +82,5 @@ def from_all(mine: object) -> list:
     _, world = processes()
     found = [mine] * world
     if world > 1:
-        dist.all_gather_object(found, mine)
+        torch.distributed.all_gather_object(found, mine)
     return found

@@ -145,9 +145,9 @@ def comparisons(points: list[dict], times: str = "4x") -> dict[str, dict]:
 # ---- sentences and tables ------------------------------------------------------------------------
 
 
-def number_text(value: float, digits: int = 2) -> str:
-    """0.83, or "-" for nan."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+def number_text(value: float | None, digits: int = 2) -> str:
+    """0.83, or "-" for nan and None."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def interval_text(values: Iterable[float]) -> str:

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -83,6 +82,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def guarded(run: Callable[[], None]) -> None:
     """Runs a program: what the user can mend becomes one line on stderr, and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # what a console cannot show is printed as "?"
+        sys.stdout.reconfigure(errors="replace")
     try:
         return run()
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
@@ -325,7 +326,8 @@ def load_state(path: Path, model: Transformer, optimizer, identity: dict) -> dic
     for place, tensor in tensors.items():
         if place.startswith("adam."):
             name, key = place.removeprefix("adam.").split("/")
-            optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
+            # A copy: else it stays mapped from the file, which Windows then would not replace.
+            optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device, copy=True)
     return meta
 
 
@@ -337,10 +339,14 @@ def machine(device: str, dtype: str = "float32") -> dict:
     return {"device": name, "dtype": dtype, "torch": torch.__version__, "threads": threads}
 
 
-def peak_memory(device: str) -> float:
+def peak_memory(device: str) -> float | None:
     """GiB: the largest process's resident size, or on a GPU the most that torch had allocated."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ModuleNotFoundError:  # on Windows
+        return None
     kinds = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
     peak = max(resource.getrusage(kind).ru_maxrss for kind in kinds)
     return peak / (2**30 if sys.platform == "darwin" else 2**20)

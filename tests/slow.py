@@ -61,10 +61,11 @@ def assert_set_equals(got: Fast, expected: dict, index: int = 0) -> None:
 
 def gradients(model: Transformer, loss: torch.Tensor) -> dict:
     """The gradient of a loss for each parameter of the model."""
+    assert loss.requires_grad, "the loss has no graph: is it detached, or made without gradients?"
     names, parameters = zip(*model.named_parameters())
     found = dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True)))
     blind = [name for name, grad in found.items() if grad is None]
-    told = "has the prefix under the outer loss no graph?"
+    told = "is h, or the prefix under the outer loss, detached?"
     assert not blind, f"the loss sends no gradient to {len(blind)} weights, as {blind[0]}: {told}"
     return found
 

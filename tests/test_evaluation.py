@@ -312,7 +312,7 @@ def test_differences_are_paired_by_seed():
 
 def test_the_report_says_where_its_numbers_come_from():
     """Each row, the seeds and examples, the machine and the writing rule."""
-    text = (finished() / "table.md").read_text()
+    text = (finished() / "table.md").read_text(encoding="utf-8")
     known = ["[0, 1]", "2 answers", "cpu", "float32", torch.__version__, "surprise"]
     known += [f"| {title} |" for title in report.TITLES.values()]
     assert not [words for words in known if words not in text]

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import slow
 import torch
-from slow import assert_set_equals, one_set, seeded, some_rows, with_prefixes
+from slow import (
+    assert_gradients_equal,
+    assert_set_equals,
+    one_set,
+    seeded,
+    some_rows,
+    with_prefixes,
+)
 from teaching import assert_same
 
 import data
@@ -22,23 +29,40 @@ from memdlm import Anchor, Memory, draw_anchor, draw_pre_anchor, init_fast
 
 @pytest.mark.step1
 def test_each_token_is_masked_with_probability_t():
-    """Eq. 1, with t ~ U(eps, 1). Each row's share of 4000 tokens lies within five standard
-    deviations of its t, and the levels of 20,000 rows are spread evenly."""
+    """Eq. 1: of 200 rows of 4000 tokens, the number of masked ones in a row, and in a column, is as
+    near to what the rows' t say as chance makes it, and no nearer: it scatters by 1."""
     t, masked = draw_anchor(torch.ones(200, 4000, dtype=torch.bool), seeded())
     assert (t.shape, masked.shape) == ((200,), (200, 4000)), "t is one number a row: (B,)"
-    share = masked.double().mean(1)
-    error = (share - t).abs() / (t * (1 - t) / 4000).sqrt()
-    row = int(error.argmax())
     assert len(t.unique()) > 100, f"{len(t.unique())} of 200 rows have a t of their own: draw (B,)"
+    share, variance = masked.double().mean(1), t * (1 - t)
+    by_row, by_column = (share - t) / (variance / 4000).sqrt(), masked.sum(0) - t.sum()
+    row = int(by_row.abs().argmax())
     told = f"row {row} drew t = {t[row]:.2f}, but {share[row]:.2f} of its tokens are masked"
-    assert error.max() < 5, f"{told}: each must be masked with chance t, one t for a whole row"
-    t = draw_anchor(torch.ones(20_000, 1, dtype=torch.bool), seeded(), eps=0.1).t
+    assert by_row.abs().max() < 5, f"{told}: each is masked with chance t, one t for a whole row"
+    columns = by_column / variance.sum().sqrt(), "column", "is one number drawn for all rows?"
+    rows = by_row, "row", "is a fixed number masked, or one drawn for several tokens?"
+    for found, kind, hint in (columns, rows):
+        told = f"the number of masked tokens in a {kind} scatters by {found.var():.2f}, not by 1"
+        assert (found.var() - 1).abs() < 5 * math.sqrt(2 / len(found)), f"{told}: {hint}"
+
+
+@pytest.mark.step1
+def test_the_noise_level_is_uniform_and_drawn_for_each_row():
+    """t ~ U(eps, 1): of 20,000 rows of one token, ninths of that range are as even as chance makes
+    them, and no evener (chi-square, 8 degrees of freedom). The generator decides everything."""
+    maskable, generator = torch.ones(20_000, 1, dtype=torch.bool), seeded()
+    t, masked = draw_anchor(maskable, generator, eps=0.1)
     assert t.min() >= 0.1, f"t = {t.min():.3f} < eps = 0.1: the weight 1/t would be without bound"
-    again = draw_anchor(torch.ones(20_000, 1, dtype=torch.bool), seeded(), eps=0.1).t
-    assert torch.equal(t, again), "the same generator has drawn something else: is it used?"
-    share = torch.histc(t, 9, 0.1, 1.0) / len(t)
-    even = (share - 1 / 9).abs().max() < 5 * math.sqrt(1 / 9 * 8 / 9 / len(t))
-    assert even, f"t is not uniform on (eps, 1): ninths of that range hold {share.tolist()}"
+    again = draw_anchor(maskable, seeded(), eps=0.1)
+    same = torch.equal(t, again.t) and torch.equal(masked, again.masked)
+    assert same, "the same generator has drawn something else: are t and masks both drawn from it?"
+    share = torch.histc(t, 9, 0.1, 1.0).double() / len(t)
+    told = f"t is not uniform on (eps, 1): ninths of that range hold {share.tolist()}"
+    assert 0.2 < (share - 1 / 9).square().sum() * 9 * len(t) < 45, told
+    alone = masked.double().mean()
+    told = f"{alone:.3f} of single tokens are masked, but the mean t is {t.mean():.3f}"
+    assert (alone - t.mean()).abs() < 0.018, told
+    assert draw_anchor(maskable, generator).t.min() < 0.002, "unless it is said, eps is 0.001"
 
 
 @pytest.mark.step1
@@ -49,18 +73,27 @@ def test_corruption_hides_response_tokens_and_nothing_else(batch):
         masked = draw_anchor(batch.maskable, seeded(seed)).masked
         prompt = int((masked & ~batch.maskable).sum())
         assert prompt == 0, f"{prompt} prompt tokens are masked: M_t must lie inside `maskable`"
-    x_t = memdlm.corrupt(batch.x0, masked, data.MASK)
-    assert (x_t[masked] == data.MASK).all(), "a place of `masked` does not hold [MASK]"
+    x_t = memdlm.corrupt(batch.x0, masked, data.MASK - 1)
+    assert x_t.dtype == batch.x0.dtype, f"x_t holds {x_t.dtype}, and no ids"
+    assert (x_t[masked] == data.MASK - 1).all(), "a place of `masked` does not hold mask_id"
     assert torch.equal(x_t[~masked], batch.x0[~masked]), "a token outside `masked` has changed"
     kept = torch.equal(batch.x0, before)
     assert kept, "x_0, the target, was changed in place: make a copy"
 
 
+@pytest.mark.step2(first=True)
+def test_the_loss_sends_a_gradient_to_every_weight(model, batch, anchor):
+    """A loss without its graph, or with a half of it, has the right value and trains nothing."""
+    loss = memdlm.denoising_loss(model, batch, anchor, memdlm.embed(model, batch.x0, anchor.masked))
+    assert_gradients_equal(model, loss, slow.outer_loss(model, batch, anchor, {}))
+
+
 @pytest.mark.step2
 @torch.no_grad()
 def test_the_loss_is_eq_2(model, batch, anchor):
-    """Four rows with t = .31, .22, .6, .15 mask 3, 2, 5 and 1 of 10, 9, 8 and 7 maskable tokens.
+    """Four rows with t = .31, .22, .6, .0015 mask 3, 2, 5 and 1 of 10, 9, 8 and 7 maskable tokens.
     Each nll is weighted by 1 / (t + 1e-6) of its row, and the sum divided by 34."""
+    anchor = anchor._replace(t=torch.tensor([0.31, 0.22, 0.6, 0.0015]))
     nll = slow.nll(model, {}, batch, anchor.masked)  # (B, T), zero where nothing is masked
     weight = (1 / (anchor.t + 1e-6))[:, None]
     whole = slow.nll(model, {}, batch, batch.maskable) * weight
@@ -84,8 +117,11 @@ def test_the_loss_is_eq_2(model, batch, anchor):
     assert_same(later, loss, "the same from layer 2 on", hint="h is what the layer `start` reads.")
     fast = init_fast(model, Memory(rank=3, alpha=6.0, fraction=0.5), 4, seeded())
     fast = fast.with_tensors([part + 0.05 for part in fast.tensors()])
+    rows = [slow.merge(model, one_set(fast, i), fast.scale) for i in range(4)]
+    written = torch.stack([slow.nll(model, rows[i], batch, anchor.masked)[i] for i in range(4)])
     with_memory = memdlm.denoising_loss(model, batch, anchor, h, 2, fast)
-    assert not torch.equal(with_memory, loss), "`fast` has no effect: hand it to model.run (Eq. 9)"
+    mistakes = {"`fast` has no effect: hand it to model.run (Eq. 9)": loss}
+    assert_same(with_memory, (written * weight).sum() / 34, "the loss with a memory", mistakes)
     part = batch._replace(attention_mask=torch.arange(12) < torch.tensor([[12], [12], [12], [9]]))
     hidden = slow.nll(model, {}, part, anchor.masked) * weight
     loss = memdlm.denoising_loss(model, part, anchor, memdlm.embed(model, batch.x0, anchor.masked))
@@ -126,7 +162,7 @@ def test_the_pre_anchor_contains_the_anchor_and_stays_in_the_response(batch, sca
     the published code, whose table test_published.py holds."""
     for seed in range(30):
         masked = draw_anchor(batch.maskable, seeded(seed)).masked
-        pre_masked = draw_pre_anchor(masked, batch.maskable, scale, seeded(seed + 100))
+        pre_masked = draw_pre_anchor(masked.clone(), batch.maskable, scale, seeded(seed + 100))
         shown = int((masked & ~pre_masked).sum())
         told = f"{shown} tokens that the anchor masks are visible in the pre-anchor"
         assert shown == 0, f"{told}: keep all that the anchor masks, and draw *further* ones"
@@ -153,7 +189,9 @@ def test_the_pre_anchor_hides_every_further_token_equally_often():
 def test_the_two_stages_are_pre_anchor_and_anchor(batch, anchor):
     """In this order, both at all of their masked tokens, each weighted by 1 / (q + 1e-6) with the
     share q of the maskable tokens that it really masks; stage 1 names what stage 2 masks."""
+    before = anchor.masked.clone()
     stages = memdlm.two_stages(anchor, batch.maskable, Memory(), seeded(5))
+    assert torch.equal(anchor.masked, before), "the anchor was changed in place: make a copy"
     assert len(stages) == 2, f"K = 2 stages, not {len(stages)}"
     pre, last = stages
     assert torch.equal(last.masked, anchor.masked), "stage 2 is to read the anchor itself, x_t"
@@ -236,7 +274,12 @@ def test_two_stages_equal_the_slow_way(model, batch, stages, memory, fraction, c
     if not weighted:  # as where a prompt is written (Sec. 4.5)
         stages = [stage._replace(weight=torch.ones(4)) for stage in stages]
     fast = init_fast(model, memory, 1, seeded())
+    before = [part.clone() for part in fast.tensors()]
     got, losses = memdlm.inner_loop(model, batch, stages, fast, memory)
+    assert all(map(torch.equal, fast.tensors(), before)), "phi_0 was changed in place"
+    first = with_prefixes(model, batch, stages, memory)[0]
+    first = memdlm.stage_loss(model, batch, first, fast, memory)
+    assert_same(losses[0], first, "the loss of stage 1, which is that *before* its step")
     assert not any(part.requires_grad for part in (*got.tensors(), losses)), (
         "detach what you return"
     )
@@ -256,6 +299,8 @@ def test_an_inner_step_finds_its_gradient_where_gradients_are_off(model, batch, 
     except RuntimeError as error:
         pytest.fail(f"under torch.no_grad(): {error}. Take the gradient in torch.enable_grad()")
     assert all(map(torch.equal, got.tensors(), usual.tensors())), "another step under no_grad"
+    told = "an inner step leaves a gradient in theta, which the outer step would add to its own"
+    assert all(p.grad is None for p in model.parameters()), f"{told}: take torch.autograd.grad"
 
 
 @pytest.mark.step5
@@ -296,6 +341,11 @@ def test_a_stage_is_weighted_by_the_share_that_it_really_masks(model, batch, sta
             "the rows of a set lie side by side: view(N, -1), not view(-1, N)": aside[0] / aside[1],
         }
         assert_same(loss, expected, f"the loss of {sets} sets", mistakes)
+    some = stage._replace(scored=stage.masked & (torch.arange(12) > 4))  # 2, 1, 4 and 1 of them
+    expected = (slow.nll(model, {}, batch, stage.masked) * some.scored).sum(1) * stage.weight
+    loss = memdlm.stage_loss(model, batch, some, init_fast(model, memory, 4, seeded()), memory)
+    hint = "Sum, and count, at stage.scored, and not at all that stage.masked hides."
+    assert_same(loss, expected / torch.tensor([2, 1, 4, 1]), "a loss at some places", hint=hint)
     part = batch._replace(attention_mask=torch.arange(12) < torch.tensor([[12], [12], [12], [9]]))
     stage = with_prefixes(model, part, stages, memory)[1]
     hidden = slow.nll(model, {}, part, stage.masked).sum(1) * stage.weight / count
@@ -339,14 +389,30 @@ def test_a_non_finite_loss_skips_its_own_update_alone(model, batch, stages, memo
 
 
 @pytest.mark.step5
+def test_an_infinite_loss_skips_its_set_where_the_gradient_is_finite(model, batch, stages, memory):
+    """A token of row 1 has chance 0: -log p is infinite, and its gradient, p - 1, is not."""
+    batch.x0[1, 3], never = data.EOS, torch.zeros(data.VOCAB_SIZE)
+    never[data.EOS] = -math.inf
+    model.output.register_forward_hook(lambda module, inputs, logits: logits + never)
+    fast = init_fast(model, memory, 4, seeded())
+    stage = with_prefixes(model, batch, stages, memory)[1]
+    got, loss = memdlm.inner_step(model, batch, stage, fast, memory)
+    assert loss.isinf().tolist() == [False, True, False, False]
+    for before, after in zip(fast.tensors()[1::2], got.tensors()[1::2]):  # each B
+        assert torch.equal(before[1], after[1]), "set 1 has moved, though its loss is infinite"
+        assert not torch.equal(before[0], after[0]), "set 0 has not moved: its loss is finite"
+
+
+@pytest.mark.step5
 def test_a_gradient_that_is_not_finite_skips_its_own_matrix_alone(model, batch, stages, memory):
-    """The loss is finite, but row 1 sends a NaN back into the gate of layer 2: that A and B of set
-    1 stay, and all others move as they would have."""
+    """The loss is finite, but row 1 sends a NaN back into one unit of the gate of layer 2: that A
+    and B of set 1 stay, all of them, and all others move as they would have."""
     fast = init_fast(model, memory, 4, seeded())
     fast = fast.with_tensors([part + 0.02 for part in fast.tensors()])
     stage = with_prefixes(model, batch, stages, memory)[1]
     usual, _ = memdlm.inner_step(model, batch, stage, fast, memory)
-    broken = torch.ones(4, 1, 1, dtype=torch.float64).index_fill(0, torch.tensor(1), math.nan)
+    broken = torch.ones(4, 1, 48, dtype=torch.float64)
+    broken[1, 0, 0] = math.nan
 
     def spoil(module, inputs, output) -> None:
         output.register_hook(lambda grad: grad * broken)

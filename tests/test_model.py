@@ -103,8 +103,15 @@ def test_lora_adds_scale_times_B_A_x_of_each_rows_set():
         "all rows have set 0": by_row(lambda i: 0, 2.0),
         "y, the product with the matrix itself, is left out": by_row(lambda i: i // 2, 2.0) - y,
     }
+    leaves = {"y": y, "x": x, "A": A, "B": B}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
     got = apply_lora(y.clone(), x, A, B, 2.0)
     assert_same(got, by_row(lambda i: i // 2, 2.0), "y + 2 B A x", mistakes)
+    assert got.requires_grad, "the result has no graph: nothing could be learnt"
+    grads = torch.autograd.grad(got.sum(), [*leaves.values()], allow_unused=True)
+    for name, grad in zip(leaves, grads):
+        assert grad is not None, f"no gradient reaches {name}: is it detached?"
 
 
 @pytest.mark.step3

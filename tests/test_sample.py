@@ -91,11 +91,13 @@ def test_predictions_that_are_no_numbers_stop_the_program(model, bad):
         generate(model, prompts_of(2, 5), plan_blocks(4))
 
 
-CONFIDENCE = [[0.3, 0.9, -1.0, 0.5], [-1.0, 0.2, 0.0, -1.0], [0.8, 0.8, 0.8, -1.0]]
+CONFIDENCE = [[0.3, 0.99, -1.0, 0.98], [-1.0, 0.2, 0.0, -1.0], [0.8, 0.8, 0.8, -1.0]]
 SELECTED = [  # quota, threshold -> the places that are committed
     (2, None, [[0, 1, 0, 1], [0, 1, 1, 0], [1, 1, 0, 0]]),
-    (1, 0.8, [[0, 1, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0]]),
-    (1, 0.4, [[0, 1, 0, 1], [0, 1, 0, 0], [1, 1, 1, 0]]),
+    (1, None, [[0, 1, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0]]),
+    (1, 0.8, [[0, 1, 0, 1], [0, 1, 0, 0], [1, 0, 0, 0]]),
+    (1, 0.0, [[1, 1, 0, 1], [0, 1, 0, 0], [1, 1, 1, 0]]),
+    (0, 0.4, [[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]]),
     (3, None, [[1, 1, 0, 1], [0, 1, 1, 0], [1, 1, 1, 0]]),
 ]
 
@@ -111,6 +113,9 @@ def test_select_takes_the_most_confident_and_all_above_the_threshold(quota, thre
         "the ids of the places, in their order of confidence, are taken for ranks: the rank of a "
         "place is where it stands in that order, argsort of argsort": (
             (order < quota) & (confidence >= 0)
+        ).double(),
+        "the threshold has no effect (0 is one, too, and not the same as None)": (
+            (order.argsort(dim=1) < quota) & (confidence >= 0)
         ).double(),
         "places of confidence -1 are committed as well": (
             (order.argsort(dim=1) < quota)

@@ -105,6 +105,16 @@ def test_a_real_process_loads_only_what_it_needs_and_refuses_in_one_line(tmp_pat
     assert last.startswith(f"error: there is no run in {tmp_path}")
 
 
+def test_no_program_needs_a_unix_or_a_console_for_every_character(monkeypatch):
+    """Windows has no module `resource`: the peak of memory is then "-". A character that the
+    console does not know becomes "?", and does not end the program."""
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    text = "import sys; sys.modules['resource'] = None; from lab.evaluate import report, tools; "
+    text += r"tools.guarded(lambda: print('\u2192', report.number_text(tools.peak_memory('cpu'))))"
+    output, errors = start("-c", text).communicate(timeout=120)
+    assert (output, errors) == ("? -\n", "")
+
+
 @pytest.mark.parametrize("name", TREES)
 def test_files_and_functions_are_short(name):
     """350 lines a file, 340 in lab/, and 45 a function; most have 10 to 25."""

@@ -126,6 +126,7 @@ def test_a_function_in_the_file_is_the_one_that_is_tested(tmp_path):
         ("def select(:\n", "cannot read"),
         ("import no_such_package\n", "does not load: No module named 'no_such_package'"),
         ("\nx = 1 / 0\n", "does not load: division by zero (student.py, line 2)"),
+        ("\nimport sys\n\nsys.exit(0)\n", "does not load: it calls sys.exit (student.py, line 4)"),
         (None, "cannot read"),
     ],
 )
@@ -145,13 +146,18 @@ def test_a_file_that_does_not_load_is_named_in_one_line(tmp_path, text, told):
 
 
 def test_training_calls_the_students_functions(tmp_path):
-    """Also those that the program has loaded under another name."""
-    (tmp_path / "student.py").write_text(
-        "import sys\n\n\ndef train_step(model, optimizer, losses, clip):\n    sys.exit('mine')\n"
-    )
+    """Also those that the program has loaded under another name. A function that ends the program,
+    or a file that is no program, leaves nothing that looks like a training."""
+    text = "import sys\n\n\ndef train_step(model, optimizer, losses, clip):\n    sys.exit(0)\n"
+    for name in ("student.py", "notes.txt"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())  # as an editor of Windows
+    refused = python("memdlm.py", *TINY, "--student", tmp_path / "notes.txt")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "notes.txt is no Python file" in refused.stderr
     flags = [*TINY, "--pretrain", "--student", tmp_path / "student.py", "--out", tmp_path / "run"]
     result = python("memdlm.py", *flags)
-    assert (result.returncode, result.stderr.strip()) == (1, "mine")
+    told = "error: --student: train_step calls sys.exit."
+    assert (result.returncode, result.stderr.strip()) == (2, told)
     told = "step 6, the outer step: not written yet: memdlm_loss (the project's own)"
     assert told in result.stdout
     assert "step 5, one inner step: not written yet" in result.stdout

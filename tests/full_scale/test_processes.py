@@ -11,12 +11,28 @@ import sys
 import time
 from pathlib import Path
 
-from commands import ROOT, contents, run_python
-from toys import answers_of, ask, command
+import pytest
+from commands import ROOT, checkpoints, contents, refusal, run_python
+from toys import ONE, answers_of, ask, command
+
+from full_scale.processes import LAUNCHED
 
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 ASKED = "--adapter {}/mdlm {}/memdlm --memory --steps 1 --lengths 760 800 --samples 3"
 ASKED += " --tasks niah_single_1 babilong_qa6"
+
+# Builds for some machines have no torch.distributed: from here on it says so and cannot be used.
+WITHOUT_DISTRIBUTED = """
+import json, sys, torch
+del torch._C._c10d_init
+sys.modules["torch._C._distributed_c10d"] = None
+for name in [name for name in sys.modules if name.startswith("torch.distributed")]:
+    del sys.modules[name]
+import full_scale.harness
+from lab.tools import start
+for program, *arguments in json.loads(sys.argv[1]):
+    start(program, arguments)
+"""
 
 
 def said(out: Path) -> list[str]:
@@ -58,3 +74,29 @@ def test_one_two_and_three_processes_give_equal_results(tmp_path):
     ask(out, ASKED)
     assert said(out) == said(one)
     assert not list(out.glob("predictions.*.jsonl"))
+
+
+def test_one_process_needs_no_other_and_no_torch_distributed(tmp_path, monkeypatch):
+    """Every program runs without it, and where a cluster's scheduler has set a part of torchrun's
+    variables by itself."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    toy, data = checkpoints()["llada"], checkpoints()["data"]
+    known = ["--backbone", toy, "--device", "cpu"]
+    told = [["memdlm", *known, "--data", data, "--steps", 1, "--out", tmp_path / "run"]]
+    told += [["sample", *known, "--prompt", "Who?", "--length", 2, "--quiet"]]
+    told += [["eval_niah", *command(tmp_path / "out", ONE)]]
+    done = run_python("-c", WITHOUT_DISTRIBUTED, json.dumps(told, default=str))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["processes"] == 1
+    assert (tmp_path / "out" / "table.md").exists()
+
+
+@pytest.mark.parametrize("missing", [name for name in LAUNCHED if name != "WORLD_SIZE"])
+def test_a_part_of_several_processes_is_refused(tmp_path, capsys, monkeypatch, missing):
+    """WORLD_SIZE speaks of several: alone, each of them would write the same files."""
+    for name in LAUNCHED:
+        monkeypatch.setenv(name, "2")
+    monkeypatch.delenv(missing)
+    told = refusal("eval_niah", command(tmp_path / "out", ONE), capsys)
+    assert f"WORLD_SIZE is 2, but {missing} is not set" in told
