@@ -62,9 +62,8 @@ def memory_views(model, config: dict, seed: int) -> list[dict]:
     pairs, true_pairs = (tiny_pairs(config, seed, noise=one) for one in (config["noise"], 0.0))
     batch, memory = data.collate(pairs, model.embedding.weight.device), memory_of(config)
     generator = memdlm.generator_for(seed, "memory views")
-    t = torch.full((len(pairs),), 0.4, device=batch.x0.device)
-    chance = torch.rand(batch.x0.shape, generator=generator).to(t.device)
-    anchor = Anchor(t, (chance < 0.4) & batch.maskable)
+    chance = torch.rand(batch.x0.shape, generator=generator).to(batch.x0.device)
+    anchor = Anchor(torch.full_like(chance[:, 0], 0.4), (chance < 0.4) & batch.maskable)
     stages = memdlm.make_stages(anchor, batch.maskable, memory, generator)
     fast = memdlm.init_fast(model, memory, memory.sets(len(pairs)), generator)
     nll = memdlm.nll_by_stage(model, batch, anchor, stages, fast, memory)
@@ -145,8 +144,7 @@ def first_look(args, config: dict, device: str) -> tuple[str, list, list[int]]:
     views = memory_views(model, config, seed)
     view = median_view(views)
     text = denoising_text(example, states)
-    text += f"\nThe inner loop on a training pair (the median one of {len(views)}; * is noise): "
-    text += "-log p of each masked word"
+    text += f"\nThe inner loop on the median of {len(views)} pairs: -log p of masked words, * noise"
     for name, nll in (("before", view["nll"][0]), ("after", view["nll"][-1])):
         shown = zip(nll, view["places"], view["noisy"])
         words = (f"{'*' if noisy else ''}{view['answer'][i]} {p:.2f}" for p, i, noisy in shown)
@@ -186,8 +184,8 @@ def parse(arguments: list[str]) -> tuple[Namespace, dict]:
     for name in ("tasks", "lengths", "memory_models"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     path = Path(args.out or args.run) / "results.json"
-    wanted = {"run": config, "evaluation": tools.settings(args)}
-    if path.exists() and tools.read_json(path).get("config") != wanted:
+    own = {"run": config, "evaluation": tools.settings(args)}
+    if path.exists() and tools.read_json(path).get("config") != own:
         raise UserError(f"{path} has results of other settings: name another folder with --out.")
     return args, config
 

@@ -162,8 +162,7 @@ def draw_words(axis, view: dict, names: list[str]) -> None:
 
 
 def draw_memory(views: list[dict], path: Path) -> None:
-    """Left: mean -log p of noise words and of true ones over the inner loop, with intervals over
-    bases. Right: one pair."""
+    """Left: mean -log p of noise words and of true ones over the inner loop. Right: one pair."""
     figure, [[left, right]] = new_figure(1, 2, 11, 4.2)
     stages = len(views[0]["nll"])
     names = ["before", *(f"after stage {k}" for k in range(1, stages))]

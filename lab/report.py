@@ -123,10 +123,9 @@ def frontier_of(results: dict, config: dict) -> list[dict]:
 
 def comparisons(points: list[dict], times: str = "4x") -> dict[str, dict]:
     """MemDLM (Train-Only) against Standard MDLM: {name: {"values": one a seed, "difference": their
-    mean, "ci95": its interval}}. "equal_loss" was chosen beforehand, at 4x: the difference where
-    Standard MDLM has learnt as much. "equal_rate": the difference at one learning rate; of it
-    "lower_rate" is what Standard MDLM gains by a rate at which it learns as little, and equal_loss
-    is the rest. A seed with a loss that is no number is left out; {}, where no seed is left."""
+    mean, "ci95": its interval}}. "equal_rate" is the difference at one learning rate; of it
+    "lower_rate" is what Standard MDLM gains by a rate at which it learns as little, and the rest is
+    "equal_loss", which was chosen beforehand. A seed whose loss is no number is left out."""
     gains, found = [], {}
     for seed in distinct(points, "seed") if times in points[0] else []:
         ours = matching(points, seed=seed)

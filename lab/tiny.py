@@ -45,8 +45,7 @@ def build_parser() -> Parser:
 
 
 def begin(args, config: dict) -> None:
-    """Notes the settings of a run and puts the bases in place that are not to be made here. What
-    cannot work is refused before any work."""
+    """Notes the settings of a run, and puts the bases in place that are not to be made here."""
     out, names = Path(args.out), [f"{rate:g}" for rate in (*args.control_lr, args.lr)]
     if len(set(names)) < len(names) or not all(0 < rate < args.lr for rate in args.control_lr):
         raise UserError("--control-lr: give different rates above 0 and below --lr, or none.")
@@ -61,8 +60,7 @@ def begin(args, config: dict) -> None:
 
 
 def run(arguments: list[str], student: str | None = None, prepare=None) -> None:
-    """Trains, then evaluates. student: the record of a student's code (exercises/plug.py), kept
-    among the run's settings; prepare: what plugs it in, in each process."""
+    """Trains and evaluates. student: whose code is plugged in, by `prepare` in each process."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     if args.pretrain:

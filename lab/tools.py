@@ -1,9 +1,7 @@
 """
 tools.py: what every program needs besides its subject: flags, errors of one line, devices, files
-(safetensors and JSON, nothing else), and the folder of a run.
-
-`start` is the door that memdlm.py, sample.py and eval_niah.py end in: they are a library, and each
-of their commands is the `run(arguments)` of a module that DOORS names.
+(safetensors and JSON, nothing else), and the folder of a run. memdlm.py, sample.py and eval_niah.py
+are a library and end in `start`: their commands are the run(arguments) of a module in DOORS.
 """
 
 import argparse
@@ -200,9 +198,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
 def load_weights(model: Transformer, tensors: dict[str, Tensor], path: Path) -> None:
     """Loads the tensors named "model.*". A missing or a surplus one is a UserError."""
     start = "model."
-    weights = {name: t for name, t in tensors.items() if name.startswith(start)}
+    weights = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
     try:
-        model.load_state_dict({name.removeprefix(start): t for name, t in weights.items()})
+        model.load_state_dict(weights)
     except RuntimeError as error:
         last = str(error).splitlines()[-1].strip()
         raise UserError(f"{path} does not fit the model: {last}") from None
@@ -302,33 +300,6 @@ def check_identity(path, meta: dict, wanted: dict, advice: str = "name another f
         if meta["identity"].get(key) != value:
             known = f"{key} {meta['identity'].get(key)}, not {value}"
             raise UserError(f"{path} was trained with {known}: {advice}.")
-
-
-def save_state(path: Path, model: Transformer, optimizer, meta: dict, theta_only: bool) -> None:
-    """A checkpoint from which training goes on: model.<parameter>, of theta alone where the rest is
-    frozen and lies elsewhere, and adam.<parameter>/<key> of AdamW's state."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, p in model.named_parameters():
-        if theta_only and not p.requires_grad:
-            del tensors[f"model.{name}"]
-        for key, value in optimizer.state[p].items() if p in optimizer.state else ():
-            tensors[f"adam.{name}/{key}"] = value
-    save_checkpoint(path, tensors, meta)
-
-
-def load_state(path: Path, model: Transformer, optimizer, identity: dict) -> dict:
-    """Weights and AdamW's state back in place, bit for bit. Returns the checkpoint's meta."""
-    tensors, meta = load_checkpoint(path)
-    check_identity(path, meta, identity)
-    frozen = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    load_weights(model, frozen | tensors, path)
-    parameters = dict(model.named_parameters())
-    for place, tensor in tensors.items():
-        if place.startswith("adam."):
-            name, key = place.removeprefix("adam.").split("/")
-            # A copy: else it stays mapped from the file, which Windows then would not replace.
-            optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device, copy=True)
-    return meta
 
 
 def machine(device: str, dtype: str = "float32") -> dict:

@@ -1,10 +1,8 @@
 """
-training.py: the training loop. For each step: set the rate, make the losses of its micro-batches,
-take a step (`memdlm.train_step`); now and then measure, and save. That is `train`.
-
-Around it stand losses on fixed noise, which can be compared between methods and steps (Fig. 4), and
-what `--tiny` trains: from the base of each seed both methods, on identical batches under identical
-masks; and, where it is asked for, the bases.
+training.py: the training loop, `train`: for each step set the rate, make the losses of its
+micro-batches, take a step; now and then measure, and save. Around it stand losses on fixed noise,
+which can be compared between methods and steps (Fig. 4), and what `--tiny` trains: from the base of
+each seed both methods, on identical batches under identical masks; and the bases, if asked for.
 """
 
 import math
@@ -73,6 +71,33 @@ def plateau_rate(peak: float, steps: int, warmup: float, decay: float) -> Callab
     return rate_at
 
 
+def save_state(path: Path, model: Transformer, optimizer, meta: dict, theta_only: bool) -> None:
+    """A checkpoint from which training goes on: model.<parameter>, of theta alone where the rest is
+    frozen and lies elsewhere, and adam.<parameter>/<key> of AdamW's state."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, p in model.named_parameters():
+        if theta_only and not p.requires_grad:
+            del tensors[f"model.{name}"]
+        for key, value in optimizer.state[p].items() if p in optimizer.state else ():
+            tensors[f"adam.{name}/{key}"] = value
+    tools.save_checkpoint(path, tensors, meta)
+
+
+def load_state(path: Path, model: Transformer, optimizer, identity: dict) -> dict:
+    """Weights and AdamW's state back in place, bit for bit. Returns the checkpoint's meta."""
+    tensors, meta = tools.load_checkpoint(path)
+    tools.check_identity(path, meta, identity)
+    frozen = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tools.load_weights(model, frozen | tensors, path)
+    parameters = dict(model.named_parameters())
+    for place, tensor in tensors.items():
+        if place.startswith("adam."):
+            name, key = place.removeprefix("adam.").split("/")
+            # A copy: else it stays mapped from the file, which Windows then would not replace.
+            optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device, copy=True)
+    return meta
+
+
 def train(model, phase: Phase, folder: Path, save_every: int, chief=True, quiet=False) -> dict:
     """Trains `model` in place, from where folder/<name>.safetensors stopped if that is there.
     Returns its meta: step, seconds, skipped (updates), log. chief: this process, one of several,
@@ -83,7 +108,7 @@ def train(model, phase: Phase, folder: Path, save_every: int, chief=True, quiet=
     theta = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(theta, betas=phase.betas, weight_decay=0.0, fused=True)
     if path.exists():
-        meta = tools.load_state(path, model, optimizer, phase.identity)
+        meta = load_state(path, model, optimizer, phase.identity)
     clock, start = time.monotonic() - meta["seconds"], meta["step"]
 
     def log(step: int) -> None:
@@ -98,7 +123,7 @@ def train(model, phase: Phase, folder: Path, save_every: int, chief=True, quiet=
         if done:
             optimizer.state.clear()  # only a run that goes on needs it
         if chief:
-            tools.save_state(path, model, optimizer, meta, phase.theta_only)
+            save_state(path, model, optimizer, meta, phase.theta_only)
 
     bar = tqdm(None, phase.name, phase.steps, initial=start, disable=quiet or not chief, delay=2)
     for step in range(start, phase.steps):
@@ -174,8 +199,7 @@ SEVERAL = ("seeds", "control_lr")
 
 
 def arms(config: dict) -> dict[str, tuple[str, float]]:
-    """The fine-tunings of a base, name -> (method, peak rate): both methods at --lr, and Standard
-    MDLM at the lower rates of its control."""
+    """Name -> (method, peak rate): both methods at --lr, Standard MDLM at lower rates, too."""
     found = {"mdlm": ("mdlm", config["lr"])}
     found |= {f"mdlm-{rate:g}": ("mdlm", rate) for rate in config["control_lr"]}
     return found | {"memdlm": ("memdlm", config["lr"])}
@@ -231,8 +255,7 @@ def pretrain(config: dict, seed: int, folder: Path, device: str, saving: int) ->
 
 
 def fine_tune(config: dict, model, name: str, seed: int, folder: Path, device, saving: int) -> None:
-    """Trains the model as the arm `name` says. All arms of a base see the same pairs, in the same
-    batches, under the same noise."""
+    """Trains the model as the arm `name` says, on the batches and masks of all arms of its base."""
     (method, rate), memory, steps = arms(config)[name], memory_of(config), config["steps"]
     pairs = tiny_pairs(config, seed, noise=config["noise"])
     size, collate = min(config["batch"], len(pairs)), partial(data.collate, device=device)
@@ -298,8 +321,8 @@ def begin_worker(prepare: Callable | None) -> None:
 @contextmanager
 def workers(device: str, prepare: Callable | None = None) -> Iterator[Callable]:
     """Yields each(do, jobs), the results of do(job) as they come. On a CPU there are as many
-    processes as torch would use threads (OMP_NUM_THREADS), and each has one: so that all cores
-    work, and no result depends on their number. prepare: what each process has to do first."""
+    processes as torch would use threads (OMP_NUM_THREADS), with one each: all cores work, and no
+    result depends on their number. prepare: what each process does first."""
     processes = torch.get_num_threads() if device == "cpu" else 1
     if processes == 1:
         yield map

@@ -1,10 +1,9 @@
 """
 variants.py: what the paper's Sec. 4 compares its choices with, and our rule of writing a prompt.
 
-Each is a function that takes the place of the method's own in a field of `memdlm.Memory` or of
-`sample.Write`. A run's settings are names and numbers, as in JSON: `memory_of` is the one place
-where a name becomes a function. A number's default stands in Memory alone, a name's is the first
-of CHOICES; flags and help are made from them.
+Each takes the place of the method's own in a field of `memdlm.Memory` or of `sample.Write`. A run's
+settings are names and numbers, as in JSON: `memory_of` alone makes functions of names. A number's
+default stands in Memory, a name's is the first of CHOICES; flags and help are made from them.
 
 Reading list: distillation (Fig. 6), Hinton et al. 2015, arXiv 1503.02531.
 """

@@ -164,8 +164,8 @@ def test_what_is_resumed_lies_in_memory_and_not_in_its_file(tmp_path, model):
     one, other = (torch.optim.AdamW([theta]) for _ in range(2))
     theta.square().sum().backward()
     one.step()
-    tools.save_state(path, model, one, {"step": 1, "config": {}, "identity": {}}, False)
-    tools.load_state(path, model, other, {})
+    training.save_state(path, model, one, {"step": 1, "config": {}, "identity": {}}, False)
+    training.load_state(path, model, other, {})
     path.write_bytes(bytes(path.stat().st_size))
     assert torch.equal(other.state[theta]["exp_avg"], one.state[theta]["exp_avg"])
 
