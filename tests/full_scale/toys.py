@@ -18,7 +18,10 @@ from lab.report import matching
 from lab.tools import start
 
 ESSAY = 4 * "A fox went out at night. Dr. Who saw it! Long was the road, and he sang to the moon. "
-LANGUAGES = {  # a text, and the signs that a needle may stand behind
+HINDI = "वसंत आ गया है। बगीचे में फूल खिल गए हैं। "
+HINDI += "बच्चे घास पर दौड़ रहे हैं। बूढ़े लोग बेंच पर बैठे हैं। "
+LANGUAGES = {
+    "Hindi": (HINDI, "।"),  # a text, and the signs that a needle may stand behind
     "Chinese": (
         "春天来了，花园里的花都开了。孩子们问：「是真的吗？」他们在草地上跑来跑去！",
         "。！」",
@@ -29,10 +32,6 @@ LANGUAGES = {  # a text, and the signs that a needle may stand behind
         "。！？",
     ),
     "Thai": ("ฤดูใบไม้ผลิมาถึงแล้วดอกไม้ในสวนบานหมดแล้วเด็กเด็กวิ่งเล่นบนสนามหญ้า", ""),
-    "Hindi": (
-        "वसंत आ गया है। बगीचे में फूल खिल गए हैं। " + "बच्चे घास पर दौड़ रहे हैं। बूढ़े लोग बेंच पर बैठे हैं। ",
-        "।",
-    ),
     "Arabic": ("جاء الربيع. هل تفتحت الأزهار في الحديقة؟ يركض الأطفال على العشب. ", ".؟"),
     "no stops": ("one two three four five six seven eight nine ten eleven twelve ", ""),
 }
