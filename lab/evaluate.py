@@ -211,16 +211,15 @@ def work_through(each: Callable, do: Callable, args, config: dict, device: str) 
         results[key] = [one for record in records for one in record[key]]
     results["frontier"] = report.frontier_of(results, config)
     results["comparisons"] = report.comparisons(results["frontier"])
-    results["seconds"] = time.monotonic() - clock
-    results["peak_memory_gib"] = tools.peak_memory(device)
     tools.write_json(out / "results.json", results)
     tools.write_text(out / "table.md", report.report(results) + "\n")
     draw_pictures(results, states, truth, out)
     print(report.summary(results))
-    took = (
-        f"{results['seconds']:.0f} s, {results['peak_memory_gib']:.2f} GiB in the largest process"
+    seconds, memory = time.monotonic() - clock, report.number_text(tools.peak_memory(device))
+    print(
+        f"{seconds:.0f} s, {memory} GiB in the largest process. In {out}/: table.md (all tables),"
     )
-    print(f"{took}. In {out}/: table.md (all tables), result.png, memory.png, denoising.gif, ...")
+    print("result.png, memory.png, denoising.gif, loss.png, exposure_bias.png, results.json")
 
 
 def run(arguments: list[str]) -> None:

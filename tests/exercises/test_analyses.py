@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import slow
 import torch
-from running import ROOT, finished, refusal, stamps, weights
+from running import ROOT, copy_of_finished, finished, refusal, stamps, weights
 from safetensors.torch import load_file
 from slow import gradients, seeded
 from teaching import TIGHT, assert_same
@@ -45,6 +45,18 @@ def test_every_variant_is_another_memory(name, tmp_path, monkeypatch):
     trained = stamps(tmp_path)
     assert measure(run, tmp_path, (name, 0)) == record
     assert stamps(tmp_path) == trained, "what was measured is measured again"
+
+
+def test_what_is_measured_belongs_to_the_weights_of_the_run(tmp_path, monkeypatch):
+    """The same settings and other weights: nothing that was measured before is shown for them."""
+    run, score = copy_of_finished(tmp_path), mock.Mock(return_value={"1x": 0.5, "4x": 0.5})
+    monkeypatch.setattr(analyses, "score", score)
+    path, other = (training.checkpoint_path(run, seed, "memdlm") for seed in (0, 1))
+    for source, asked in ((path, 1), (path, 1), (other, 2)):
+        tensors, (_, meta) = tools.load_checkpoint(source)[0], tools.load_checkpoint(path)
+        tools.save_checkpoint(path, tensors, meta)
+        measure(run, tmp_path / "out", ("memdlm", 0))
+        assert score.call_count == asked
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
