@@ -68,6 +68,13 @@ def architecture_of(args: argparse.Namespace) -> str:
     return config_of(args).architecture
 
 
+def check_out(out: Path, own: str) -> None:
+    """Refuses a folder that holds the results of another program. own: a file of this one's."""
+    others = ("config.json", "results.json", "table.md", "bench.json", "predictions.jsonl")
+    if not (out / own).exists() and any((out / name).exists() for name in others):
+        raise UserError(f"--out {out} holds other results, or a checkpoint: name another folder.")
+
+
 def files_of(args: argparse.Namespace) -> dict[str, str]:
     """Digests that tell a backbone from another under its name."""
     folder = Path(args.backbone) if args.random_weights else find_checkpoint(args.backbone)

@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import Batch
-from full_scale import experts
+from full_scale import backbone, experts
 from full_scale.cache import cached
 from full_scale.checkpoints import add_outer_lora, random_llada
 from full_scale.configs import BackboneConfig
@@ -209,7 +209,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--prompts", nargs="+", type=whole(1), default=PROMPTS, help=prompts)
     args, clock = parser.parse_args(arguments), time.monotonic()
     where = tools.machine(DEVICE, str(DTYPE).removeprefix("torch."))
-    tools.check_out(Path(args.out), "bench.json")
+    backbone.check_out(Path(args.out), "bench.json")
     path = Path(args.out) / "bench.json"
     known = tools.read_json(path) if path.exists() else {"machine": where, "records": []}
     if known.get("machine") != where:

@@ -372,7 +372,7 @@ def run(arguments: list[str]) -> None:
 def evaluate(args: argparse.Namespace, device: str) -> None:
     """What `run` does, in one process or in several."""
     out, (rank, _) = Path(args.out), processes()
-    tools.check_out(out, "predictions.jsonl")
+    backbone.check_out(out, "predictions.jsonl")
     tokenizer = backbone.backbone_tokenizer(args, plain=not args.chat)
     if args.chat and tokenizer.template is None:
         raise UserError(f"--chat: {args.backbone} has no chat template.")

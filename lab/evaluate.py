@@ -80,9 +80,9 @@ def memory_views(model, config: dict, seed: int) -> list[dict]:
 
 
 def measure(args, config: dict, device: str, train, job: tuple[int, str]) -> dict:
-    """All that is measured of one model, (seed, name), and kept in OUT/seed<S>/<name>.json: of its
-    row without a memory and, where it has one, of that whose prompts are written. train(job), if
-    given, trains it first."""
+    """All that is measured of one model, (seed, name), and kept in OUT/seed<S>/<name>.json: its row
+    without a memory, and for --memory-models the row whose longest prompts are written. train(job),
+    if given, trains it first."""
     (seed, name), run = job, Path(args.run)
     if train:
         train(job)
@@ -109,7 +109,7 @@ def measure(args, config: dict, device: str, train, job: tuple[int, str]) -> dic
     known |= {"evaluation": tools.settings(args), "machine": tools.machine(device)}
     known |= {"weights": zlib.crc32(checkpoint_path(run, seed, name).read_bytes())}
     place = Path(args.out or args.run) / f"seed{seed}" / f"{name}.json"
-    return {"job": job, **tools.kept(place, known, make)}
+    return {"job": job, **tools.kept(place, known, make), "peak": tools.peak_memory(device)}
 
 
 def models_of(config: dict) -> list[tuple[int, str]]:
@@ -183,8 +183,10 @@ def parse(arguments: list[str]) -> tuple[Namespace, dict]:
     args.lengths = args.lengths or [config["length"], 4 * config["length"]]
     for name in ("tasks", "lengths", "memory_models"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
-    path = Path(args.out or args.run) / "results.json"
-    own = {"run": config, "evaluation": tools.settings(args)}
+    out = Path(args.out or args.run)
+    if out.resolve() != Path(args.run).resolve() and (out / "config.json").exists():
+        raise UserError(f"--out {out} holds a run: name another folder.")
+    path, own = out / "results.json", {"run": config, "evaluation": tools.settings(args)}
     if path.exists() and tools.read_json(path).get("config") != own:
         raise UserError(f"{path} has results of other settings: name another folder with --out.")
     return args, config
@@ -215,10 +217,9 @@ def work_through(each: Callable, do: Callable, args, config: dict, device: str) 
     tools.write_text(out / "table.md", report.report(results) + "\n")
     draw_pictures(results, states, truth, out)
     print(report.summary(results))
-    seconds, memory = time.monotonic() - clock, report.number_text(tools.peak_memory(device))
-    print(
-        f"{seconds:.0f} s, {memory} GiB in the largest process. In {out}/: table.md (all tables),"
-    )
+    seconds, peaks = time.monotonic() - clock, [record["peak"] for record in records]
+    memory = report.number_text(None if None in peaks else max(peaks))
+    print(f"{seconds:.0f} s, {memory} GiB in the largest process. In {out}/: table.md (tables),")
     print("result.png, memory.png, denoising.gif, loss.png, exposure_bias.png, results.json")
 
 

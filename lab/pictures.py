@@ -81,7 +81,7 @@ def draw_exposure(records: list[dict], path: Path, colours=COLOURS) -> None:
 
 def draw_scores(axis, results: dict) -> None:
     """Scores at each length: a thin line a base, the mean with its interval."""
-    names = {"base": "Base", "mdlm": "Standard\nMDLM", "memdlm_train": "MemDLM"}
+    names = {"base": "Base", "mdlm": "Standard\nMDLM\n\nat {}", "memdlm_train": "MemDLM"}
     base, lengths = results["config"]["run"]["length"], distinct(results["niah"], "length")
     for group, length in enumerate(lengths):
         rows = [matching(results["niah"], length=length, method=name) for name in names]
@@ -93,10 +93,10 @@ def draw_scores(axis, results: dict) -> None:
             axis.errorbar(x, mean, finite(half) or 0, fmt="o", capsize=4, color=COLOURS[name])
             axis.annotate(f"{mean:.2f}", (x, mean), (7, 3), textcoords="offset points")
     places = [4 * group + i for group in range(len(lengths)) for i in range(3)]
-    axis.set_xticks(places, [*names.values()] * len(lengths), fontsize=8)
+    texts = [one.format(f"{length / base:g}x") for length in lengths for one in names.values()]
+    axis.set_xticks(places, texts, fontsize=8)
     axis.margins(x=0.12)
-    texts = " | ".join(f"{length / base:g}x" for length in lengths)
-    axis.set(ylabel="score, mean over four tasks", title=f"Kept: scores at {texts}")
+    axis.set(ylabel="score, mean over four tasks", title="Kept, means and single bases")
 
 
 def draw_frontier(axis, points: list[dict]) -> None:
@@ -118,8 +118,11 @@ def draw_frontier(axis, points: list[dict]) -> None:
     axis.plot(*zip(*standard), color=COLOURS["mdlm"], linewidth=1, zorder=2)
     arrow = {"arrowstyle": "->", "color": COLOURS["memdlm"], "linewidth": 1.6}
     axis.annotate("", (x, y), (x, report.at_equal(standard, x)), arrowprops=arrow)
+    if found := report.comparisons(points, times):
+        gain = report.difference_text(found["equal_loss"]["values"])
+        axis.set_title(f"Learnt against kept; arrow, base by base: {gain}", fontsize=10)
     axis.set(xlabel="training loss without a memory (to the left: more is learnt)")
-    axis.set(ylabel=f"score at {times} (up: more is kept)", title="Learnt against kept")
+    axis.set(ylabel=f"score at {times} (up: more is kept)")
     axis.margins(x=0.2)
 
 
@@ -152,7 +155,7 @@ def draw_words(axis, view: dict, names: list[str]) -> None:
     axis.set_xticks(range(len(view["places"])), [view["answer"][i] for i in view["places"]])
     for label, noisy in zip(axis.get_xticklabels(), view["noisy"]):
         label.set_color("tab:red" if noisy else "black")
-    lines = ["the median pair, by what its noise words (red) lose"]
+    lines = ["the pair whose noise words (red) lose the median"]
     for k, hidden in enumerate(view["hidden"], 1):
         words = ("_" if one else word for one, word in zip(hidden, view["answer"]))
         lines.append(f"stage {k} sees: {' '.join(words)}")
@@ -174,7 +177,7 @@ def draw_memory(views: list[dict], path: Path) -> None:
         left.errorbar(range(stages), means, halves, **style)
     left.set_xticks(range(stages), names)
     left.set(ylabel="mean -log p of the masked answer words", ylim=(0, None))
-    left.set(title="What the memory takes up: all pairs and bases, t = 0.4")
+    left.set(title="What a memory takes up: the bases, all pairs, t = 0.4")
     left.legend()
     draw_words(right, median_view(views), names)
     save_picture(figure, path)

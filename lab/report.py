@@ -186,10 +186,12 @@ def word_means(views: list[dict], noisy: bool) -> list[float]:
 
 
 def memory_text(views: list[dict]) -> str:
-    """What the inner loop takes up of noise words and of true ones."""
-    noise, true = (" -> ".join(map(number_text, word_means(views, n))) for n in (True, False))
-    what = f"noise words {noise}, true words {true}"
-    return f"Mean -log p before the inner loop and after each stage: {what}"
+    """What the inner loop takes up of noise words and of true ones, the mean over bases."""
+    seeds, parts = [matching(views, seed=seed) for seed in distinct(views, "seed")], []
+    for name, noisy in (("noise", True), ("true", False)):
+        means = np.mean([word_means(found, noisy) for found in seeds], axis=0)
+        parts.append(f"{name} words {' -> '.join(map(number_text, means))}")
+    return f"Mean -log p before the inner loop and after each stage: {', '.join(parts)}"
 
 
 def markdown(header: list, rows: list[list]) -> str:

@@ -49,14 +49,19 @@ def begin(args, config: dict) -> None:
     out, names = Path(args.out), [f"{rate:g}" for rate in (*args.control_lr, args.lr)]
     if len(set(names)) < len(names) or not all(0 < rate < args.lr for rate in args.control_lr):
         raise UserError("--control-lr: give different rates above 0 and below --lr, or none.")
+    if args.examples % len(data.TASKS) or args.pretrain_batch % len(data.TASKS):
+        raise UserError("--pretrain-batch, --examples: give multiples of 4, the number of tasks.")
     tools.start_run(out, config, args.resume)
+    found = {}
     for seed, name in evaluate.models_of(config):
         path = training.checkpoint_path(out, seed, name)
         if path.exists():
             _, meta = tools.load_checkpoint(path)
             tools.check_identity(path, meta, training.identity_of(config, seed, name))
         elif name == "base" and not args.pretrain:
-            tools.save_checkpoint(path, *training.find_base(config, Path(args.bases), seed))
+            found[path] = training.find_base(config, Path(args.bases), seed)
+    for path, base in found.items():  # all of them are there
+        tools.save_checkpoint(path, *base)
 
 
 def run(arguments: list[str], student: str | None = None, prepare=None) -> None:

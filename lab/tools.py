@@ -259,20 +259,12 @@ def kept(path: Path, identity: dict, make: Callable[[], dict]) -> dict:
 
 def settings(args: argparse.Namespace) -> dict:
     """Every flag that decides the numbers. Where the run lies and how often it saves do not."""
-    elsewhere = ("run", "out", "resume", "bases", "pretrain", "save_every", "device")
+    elsewhere = ("run", "out", "resume", "bases", "save_every", "device")
     return {name: value for name, value in sorted(vars(args).items()) if name not in elsewhere}
 
 
-def check_out(out: Path, own: str) -> None:
-    """Refuses a folder that holds the results of another program. own: a file of this one's."""
-    others = ("config.json", "results.json", "table.md", "bench.json", "predictions.jsonl")
-    if not (out / own).exists() and any((out / name).exists() for name in others):
-        raise UserError(f"--out {out} holds other results, or a checkpoint: name another folder.")
-
-
 def start_run(out: Path, wanted: dict, resume: bool) -> None:
-    """Notes the run's settings in out/config.json. A folder with checkpoints is continued only by
-    --resume and with the same settings, so that old weights never get new settings."""
+    """Notes the run's settings in out/config.json, so that old weights never get new settings."""
     if not resume and any(out.rglob("*.safetensors")):
         raise UserError(f"--out {out} holds a run: add --resume, or name another folder.")
     known = read_config(out, wanted["dial"]) if resume else wanted
@@ -311,13 +303,12 @@ def machine(device: str, dtype: str = "float32") -> dict:
 
 
 def peak_memory(device: str) -> float | None:
-    """GiB: the largest process's resident size, or on a GPU the most that torch had allocated."""
+    """GiB: this process's largest resident size, or on a GPU the most that torch had allocated."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
     try:
         import resource
     except ModuleNotFoundError:  # on Windows
         return None
-    kinds = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    peak = max(resource.getrusage(kind).ru_maxrss for kind in kinds)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)

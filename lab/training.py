@@ -195,7 +195,7 @@ def measure_losses(model, train_set, held_out, memory: Memory, seed: int, repeat
 # ---- what --tiny trains --------------------------------------------------------------------------
 SHIPPED = Path(__file__).parents[1] / "assets" / "bases"  # seed<S>/base.safetensors, as in a run
 # What decides nothing about any one model: a checkpoint's identity leaves it out.
-SEVERAL = ("seeds", "control_lr")
+SEVERAL = ("seeds", "control_lr", "pretrain")
 
 
 def arms(config: dict) -> dict[str, tuple[str, float]]:
@@ -276,7 +276,8 @@ def fine_tune(config: dict, model, name: str, seed: int, folder: Path, device, s
         return [{"method": name, "lr": rate, "step": step, **losses, "seed": seed}]
 
     rate_at = plateau_rate(rate, steps, config["warmup"], decay=1 - config["warmup"])
-    identity = identity_of(config, seed, name)
+    base = b"".join(weight.cpu().numpy().tobytes() for weight in model.state_dict().values())
+    identity = identity_of(config, seed, name) | {"base": zlib.crc32(base)}
     phase = Phase(name, steps, rate_at, losses_at, config["clip"], identity, log_at)
     train(model, phase, folder, saving, quiet=True)
 
@@ -287,8 +288,7 @@ def checkpoint_path(out: Path, seed: int, name: str) -> Path:
 
 
 def open_run(out: Path, seed: int, name: str, device: str) -> tuple[Transformer, dict]:
-    """A model of a --tiny run, in eval mode, and its meta. Refuses one trained otherwise than the
-    folder's settings say."""
+    """A model of a --tiny run, in eval mode, and its meta, if it is what the settings there say."""
     config, path = tools.read_config(out), checkpoint_path(out, seed, name)
     if name not in ("base", *arms(config)):
         raise UserError(f"--model {name}: {out} has base, {', '.join(arms(config))}.")

@@ -132,8 +132,9 @@ def global_norm(grads) -> list[Tensor]:
 def surprise_rule(model, prompts, write, generators, window=96, share=0.3, passes=8) -> tuple:
     """Ours, not the paper's: write what the model could not have guessed, in windows as long as the
     examples it was trained on. Each token is scored with a quarter of its window masked, and the
-    most surprising `share` of the prompt is written in two complementary halves: at most twice a
-    window, and a single window once. Written more often, a short prompt spoils its answer."""
+    most surprising `share` of the prompt is written in two complementary halves. It takes `passes`
+    through all windows, but not more than two for each window's length of the prompt, and one over
+    a single window: written more often, a short prompt spoils its answer."""
     windows = cut_windows(prompts, window)  # (B * n, W)
     surprise = token_surprise(model, windows).view(len(prompts), -1)  # (B, n * W)
     order = surprise.argsort(dim=1, descending=True, stable=True)
@@ -145,8 +146,8 @@ def surprise_rule(model, prompts, write, generators, window=96, share=0.3, passe
     for mask in ((chosen & half).view_as(windows), (chosen & ~half).view_as(windows)):
         h = memdlm.prefix(model, batch, mask, write.memory)
         stages.append(stage_of(mask, batch.maskable)._replace(h=h))
-    count = len(windows) // len(prompts)
-    return windows, stages * min(passes, MOST_PASSES * count if count > 1 else 1)
+    most = round(MOST_PASSES * prompts.shape[1] / window) if prompts.shape[1] > window else 1
+    return windows, stages * min(passes, most)
 
 
 def cut_windows(prompts: Tensor, window: int) -> Tensor:
@@ -186,7 +187,7 @@ CHOICES: dict[str, dict[str, dict]] = {
     "clip_by": {"tensor": {}, "global": {"norms": global_norm}},
 }
 NUMBERS = ("rank", "alpha", "lr", "clip", "fraction", "epochs", "start_scale")  # of Memory
-MOST_PASSES = 2  # of our rule, for each of several windows
+MOST_PASSES = 2  # of our rule, for each window's length of a prompt that has several
 WRITE_RULES = ("paper", "surprise")
 
 

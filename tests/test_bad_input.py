@@ -25,10 +25,10 @@ USUAL = {
 BAD_FLAGS = {  # beside the usual ones; the line names the last of them
     "memdlm": (
         "--wings 2; --pretrain-step 3; --steps; --steps 1.5; --steps -1; --steps ²; --steps --5; "
-        "--pretrain-steps 0; --pretrain-batch 3; --pretrain-lr -1; --examples 3; --noise 2; "
-        "--length 10; --wording odd; --stretch 0; --seeds 0; --control-lr nan; --batch 0; "
+        "--pretrain-steps 0; --pretrain-batch 3; --pretrain-lr -1; --examples 3; --examples 6; "
+        "--noise 2; --length 10; --wording odd; --stretch 0; --seeds 0; --control-lr nan; "
         "--lr 1e-3 --control-lr 1e-3; --control-lr 1e-4 1.0000001e-4; --control-lr 0; "
-        "--seed -1; --seed 99999999999999999999; --device tpu; "
+        "--batch 0; --seed -1; --seed 99999999999999999999; --device tpu; "
         "--save-every 0; --lr nan; --lr inf; --lr fast; --lr 1e-320; --warmup 1.1; --clip -1; "
         "--memory-rank 0; --memory-alpha nan; --memory-lr -1; --memory-clip -1; "
         "--memory-fraction 0; --memory-scope world; --memory-steps 0; --memory-epochs 0; "
@@ -79,8 +79,8 @@ def test_bad_flags_get_one_line(tmp_path, capsys, program, typed, named):
 
 def assert_all_refuse(capsys, run, out, named: str) -> None:
     """To go on with a run, to ask its base and to score it: each is refused in one line."""
-    bases = ["--bases", run, "--resume"]
-    assert named in refusal(capsys, "memdlm", *TINY, *SEVERAL, *bases, "--out", run)
+    again = ["--pretrain", "--resume"]
+    assert named in refusal(capsys, "memdlm", *TINY, *SEVERAL, *again, "--out", run)
     ask = ["--run", run, "--model", "base", "--prompt", PROMPT]
     assert named in refusal(capsys, "sample", *ask)
     assert named in refusal(capsys, "eval_niah", "--run", run, *ASKED, "--out", out)

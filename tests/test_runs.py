@@ -193,7 +193,7 @@ def test_a_finished_run_may_be_resumed_and_evaluated_again(tmp_path):
     """Nothing is trained and no checkpoint is touched, and the same numbers come out."""
     run = running.copy_of_finished(tmp_path)
     before = running.stamps(run / "seed0")
-    train(*SEVERAL, "--bases", finished(), "--out", run, "--resume")
+    train(*SEVERAL, "--out", run, "--resume")
     again = running.evaluated(run, run)
     assert running.stamps(run / "seed0") == before
     for key in ("config", "niah", "exposure_bias", "loss"):
@@ -220,7 +220,7 @@ def test_resume_with_any_other_setting_names_its_flag(tmp_path):
     """One for one, for every flag but those that decide no number."""
     flags = vars(tiny.build_parser().parse_args(TINY))
     wanted = tools.settings(tiny.build_parser().parse_args(TINY))
-    decide_nothing = {"out", "resume", "bases", "pretrain", "save_every", "device"}
+    decide_nothing = {"out", "resume", "bases", "save_every", "device"}
     assert flags.keys() - wanted.keys() == decide_nothing
     tools.start_run(tmp_path, wanted, resume=False)
     tools.start_run(tmp_path, wanted, resume=True)
@@ -248,7 +248,8 @@ def test_resume_after_a_change_of_the_tasks_is_refused(tmp_path, capsys, monkeyp
     """With another filler in data.py, the fine-tuning set is not what it was."""
     running.train_until(6, "--out", tmp_path)
     monkeypatch.setattr(data, "FILLER", data.FILLER[::-1])
-    assert "pairs" in refusal(capsys, "memdlm", *TINY, "--out", tmp_path, "--resume")
+    again = ["--out", tmp_path, "--pretrain", "--resume"]
+    assert "pairs" in refusal(capsys, "memdlm", *TINY, *again)
 
 
 @pytest.mark.parametrize("name", ["base", "memdlm"])
@@ -259,14 +260,14 @@ def test_a_checkpoint_of_other_settings_is_not_opened(tmp_path, capsys, name):
     ask = ["--run", run, "--model", name, "--prompt", running.PROMPT]
     assert changed in refusal(capsys, "sample", *ask)
     assert changed in refusal(capsys, "eval_niah", "--run", run, "--out", tmp_path / "eval")
-    flags = [*SEVERAL, f"--{changed}", 65, "--out", run, "--resume"]
+    flags = [*SEVERAL, f"--{changed}", 65, "--out", run, "--pretrain", "--resume"]
     assert changed in refusal(capsys, "memdlm", *TINY, *flags)
 
 
 def test_an_unfinished_run_is_neither_scored_nor_asked(tmp_path, capsys):
     """Stopped in either method: the programs say so before any work."""
-    for step, name, flags in ((2, "mdlm", ["--bases", finished()]), (3, "memdlm", ["--resume"])):
-        running.train_until(step, *flags, "--out", tmp_path / "run")
+    for step, name, flags in ((2, "mdlm", []), (3, "memdlm", ["--resume"])):
+        running.train_until(step, "--bases", finished(), *flags, "--out", tmp_path / "run")
         ask = ["--run", tmp_path / "run", "--prompt", running.PROMPT, "--model", name]
         assert f"{name}.safetensors is not finished" in refusal(capsys, "sample", *ask)
         score = ["--run", tmp_path / "run", "--tasks", "mv", "--out", tmp_path / "eval"]
