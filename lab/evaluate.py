@@ -80,9 +80,8 @@ def memory_views(model, config: dict, seed: int) -> list[dict]:
 
 
 def measure(args, config: dict, device: str, train, job: tuple[int, str]) -> dict:
-    """All that is measured of one model, (seed, name), and kept in OUT/seed<S>/<name>.json: its row
-    without a memory, and for --memory-models the row whose longest prompts are written. train(job),
-    if given, trains it first."""
+    """All that is measured of a model, (seed, name), and kept in OUT/seed<S>/<name>.json: its row
+    without a memory, and of --memory-models that with it. train(job), if given, trains it first."""
     (seed, name), run = job, Path(args.run)
     if train:
         train(job)
@@ -134,8 +133,7 @@ def denoising_text(example: data.Example, states: list[list[int]]) -> str:
 
 
 def first_look(args, config: dict, device: str) -> tuple[str, list, list[int]]:
-    """What can be seen before anything is trained: the base's answer to the first test question,
-    and what the inner loop does to one pair; and that answer's states, and the true one."""
+    """A base's first answer and what the inner loop does to a pair, as text; states, and truth."""
     seed = config["seed"]
     model, _ = open_run(Path(args.run), seed, "base", device)
     example = questions("mv", config["length"], seed, args.samples, config["wording"])[0]

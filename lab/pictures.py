@@ -19,8 +19,7 @@ COLOURS |= {"base_inference": "black", "mdlm_inference": "tab:orange"}
 
 
 def new_figure(rows: int, columns: int, width: float, height: float):
-    """A figure and its axes (rows, columns). matplotlib is imported here, since training does
-    without; and without pyplot, whose backend a notebook may have changed."""
+    """A figure and its axes (rows, columns), without pyplot, whose backend a notebook may set."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -34,8 +33,7 @@ def save_picture(figure, path: Path) -> None:
 
 
 def draw_panels(panels: list[dict], path: Path) -> None:
-    """Panels side by side; each is {"lines": [(xs, ys, style, label)], and what axes can set}. The
-    legend stands below, where it covers nothing."""
+    """Panels side by side; each is {"lines": [(xs, ys, style, label)], and what axes can set}."""
     figure, [axes] = new_figure(1, len(panels), max(6, 4.6 * len(panels)), 4.8)
     for axis, panel in zip(axes, panels):
         for xs, ys, style, label in panel.pop("lines"):
@@ -96,12 +94,11 @@ def draw_scores(axis, results: dict) -> None:
     texts = [one.format(f"{length / base:g}x") for length in lengths for one in names.values()]
     axis.set_xticks(places, texts, fontsize=8)
     axis.margins(x=0.12)
-    axis.set(ylabel="score, mean over four tasks", title="Kept, means and single bases")
+    axis.set(ylabel="score, mean over the tasks", title="Kept, means and single bases")
 
 
 def draw_frontier(axis, points: list[dict]) -> None:
-    """Learnt against kept, a small mark a base and a large one their mean. The line joins Standard
-    MDLM's rates; the arrow is what MemDLM keeps more where both have learnt as much."""
+    """Learnt against kept: small marks are bases, large ones means; the arrow is at equal loss."""
     times, means = "4x" if "4x" in points[0] else list(points[0])[-1], {}
     for method in distinct(points, "method"):
         found = matching(points, method=method)
@@ -118,9 +115,8 @@ def draw_frontier(axis, points: list[dict]) -> None:
     axis.plot(*zip(*standard), color=COLOURS["mdlm"], linewidth=1, zorder=2)
     arrow = {"arrowstyle": "->", "color": COLOURS["memdlm"], "linewidth": 1.6}
     axis.annotate("", (x, y), (x, report.at_equal(standard, x)), arrowprops=arrow)
-    if found := report.comparisons(points, times):
-        gain = report.difference_text(found["equal_loss"]["values"])
-        axis.set_title(f"Learnt against kept; arrow, base by base: {gain}", fontsize=10)
+    values = report.comparisons(points, times).get("equal_loss", {"values": []})["values"]
+    axis.set(title=f"Learnt against kept; at equal loss {report.difference_text(values)}")
     axis.set(xlabel="training loss without a memory (to the left: more is learnt)")
     axis.set(ylabel=f"score at {times} (up: more is kept)")
     axis.margins(x=0.2)
@@ -155,7 +151,7 @@ def draw_words(axis, view: dict, names: list[str]) -> None:
     axis.set_xticks(range(len(view["places"])), [view["answer"][i] for i in view["places"]])
     for label, noisy in zip(axis.get_xticklabels(), view["noisy"]):
         label.set_color("tab:red" if noisy else "black")
-    lines = ["the pair whose noise words (red) lose the median"]
+    lines = ["the median pair; its noise words are red"]
     for k, hidden in enumerate(view["hidden"], 1):
         words = ("_" if one else word for one, word in zip(hidden, view["answer"]))
         lines.append(f"stage {k} sees: {' '.join(words)}")
@@ -184,8 +180,7 @@ def draw_memory(views: list[dict], path: Path) -> None:
 
 
 def draw_states(axis, states: list[list[int]], truth: list[int]) -> None:
-    """States of a denoising, a row each; what a step commits is bold. Under the last one stands the
-    true answer, green where it was found and red where not."""
+    """States of a denoising, a row each; under the last one the true answer, green where found."""
     axis.clear()
     middle, shown = {"ha": "center", "va": "center"}, len(truth) + 1  # a step a token
     for row, (before, state) in enumerate(zip([states[0], *states], states)):

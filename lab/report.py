@@ -33,8 +33,7 @@ WITH_MEMORY = {name: f"{row}_inference" for name, row in PLAIN.items()}
 
 
 def title(method: str) -> str:
-    """A row's name in tables and pictures. "mdlm-8e-05" is Standard MDLM at another learning rate,
-    "memdlm_train_inference@0.4" a row at one of several anchor ratios."""
+    """A row's name. "mdlm-8e-05": at another rate; "memdlm_train_inference@0.4": anchor ratio."""
     name, _, ratio = method.partition("@")
     name, _, rate = name.partition("-")
     text = TITLES[name] + (f", rate {rate}" if rate else "")
@@ -207,7 +206,7 @@ def main_table(results: dict) -> str:
     for one in matching(results["niah"], method="memdlm_train_inference"):
         score = {f"{one['length'] / length:g}x": one["score"]}
         written.append(dict.fromkeys(keys) | one | score)
-    return interval_table(["mean score over four tasks", *keys], [*points, *written], keys)
+    return interval_table(["mean score over the tasks", *keys], [*points, *written], keys)
 
 
 def summary(results: dict) -> str:

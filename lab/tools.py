@@ -75,6 +75,7 @@ def run_flags(flag: Callable) -> None:
 def out_of_memory(error: BaseException) -> bool:
     """Whether there was no room. A CPU's allocator raises a RuntimeError like any other."""
     signs = "out of memory|allocate memory|not enough memory|calculation overflow|is too big"
+    signs += "|terminated abruptly"  # a process that the system has killed
     return isinstance(error, MemoryError) or re.search(signs, str(error)) is not None
 
 
@@ -190,8 +191,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
         meta = json.loads(metadata["json"])
         meta["step"], meta["config"], meta["identity"]  # they are there
     except (KeyError, ValueError, TypeError):
-        advice = "delete it to train that part again"
-        raise UserError(f"{path} is no checkpoint of this program: {advice}.") from None
+        raise UserError(f"{path} is no checkpoint of this program: delete it.") from None
     return tensors, meta
 
 
@@ -265,7 +265,8 @@ def settings(args: argparse.Namespace) -> dict:
 
 def start_run(out: Path, wanted: dict, resume: bool) -> None:
     """Notes the run's settings in out/config.json, so that old weights never get new settings."""
-    if not resume and any(out.rglob("*.safetensors")):
+    there = [path for name in ("*.safetensors", "*/*.safetensors") for path in out.glob(name)]
+    if not resume and (there or (out / "results.json").exists() or (out / "bench.json").exists()):
         raise UserError(f"--out {out} holds a run: add --resume, or name another folder.")
     known = read_config(out, wanted["dial"]) if resume else wanted
     for name, value in wanted.items():
@@ -280,7 +281,8 @@ def read_config(out: Path, dial: str = "tiny") -> dict:
     if not (out / "config.json").exists():
         raise UserError(f"there is no run in {out} (no config.json): train one with memdlm.py.")
     config = read_json(out / "config.json")
-    needed = {"seed", "start_scale"} | ({"control_lr", "wording"} if dial == "tiny" else set())
+    own = {"control_lr", "wording", "length", "lr", "seeds"} if dial == "tiny" else set()
+    needed = {"seed", "start_scale"} | own
     if config.get("dial") != dial or not needed <= config.keys():
         raise UserError(f"{out}/config.json is not that of a run of --{dial}.")
     return config

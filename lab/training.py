@@ -12,6 +12,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -100,8 +101,7 @@ def load_state(path: Path, model: Transformer, optimizer, identity: dict) -> dic
 
 def train(model, phase: Phase, folder: Path, save_every: int, chief=True, quiet=False) -> dict:
     """Trains `model` in place, from where folder/<name>.safetensors stopped if that is there.
-    Returns its meta: step, seconds, skipped (updates), log. chief: this process, one of several,
-    writes, and shows its progress unless it is to be quiet."""
+    Returns its meta: step, seconds, skipped (updates), log. chief: it writes, and shows a bar."""
     path = folder / f"{phase.name}.safetensors"
     meta = {"step": 0, "done": False, "skipped": 0, "seconds": 0.0, "log": []}
     meta |= {"identity": phase.identity, "config": asdict(model.config)}
@@ -206,8 +206,7 @@ def arms(config: dict) -> dict[str, tuple[str, float]]:
 
 
 def tiny_pairs(config: dict, seed: int, split: str = "train", noise: float = 0.0) -> list[Example]:
-    """A base's fine-tuning set; with noise 0, the same pairs with their true answers. split "held
-    out": eight other pairs of each task."""
+    """A fine-tuning set, with noise 0 of true answers; "held out": eight other pairs a task."""
     n = 8 if split == "held out" else config["examples"] // len(data.TASKS)
     asked = n, config["length"] * config["stretch"], data.split_seed(seed, split), noise
     return [p for task in data.TASKS for p in data.make_examples(task, *asked, config["wording"])]
@@ -232,12 +231,13 @@ def find_base(config: dict, bases: Path, seed: int) -> tuple[dict, dict]:
         raise UserError(f"there is no base of seed {seed} in {bases}: {advice}.")
     tensors, meta = tools.load_checkpoint(path)
     tools.check_identity(path, meta, identity_of(config, seed, "base"), advice)
+    if not meta.get("done"):
+        raise UserError(f"{path} is not finished: {advice}.")
     return tensors, meta
 
 
 def pretrain(config: dict, seed: int, folder: Path, device: str, saving: int) -> Transformer:
-    """The base: `pretraining_method` on fresh documents with true answers, short ones first.
-    saving: steps between checkpoints."""
+    """The base: `pretraining_method` on fresh documents with true answers, short ones first."""
     sizes, generator = Config(data.VOCAB_SIZE, data.MASK), torch.Generator().manual_seed(seed)
     model = init_weights(Transformer(sizes), generator).to(device)
     steps, rows, full = config["pretrain_steps"], config["pretrain_batch"], config["length"]
@@ -320,12 +320,18 @@ def begin_worker(prepare: Callable | None) -> None:
 
 @contextmanager
 def workers(device: str, prepare: Callable | None = None) -> Iterator[Callable]:
-    """Yields each(do, jobs), the results of do(job) as they come. On a CPU there are as many
-    processes as torch would use threads (OMP_NUM_THREADS), with one each: all cores work, and no
-    result depends on their number. prepare: what each process does first."""
+    """Yields each(do, jobs), the results of do(job) as they come: on a CPU of as many processes as
+    torch would use threads, with one each, so that no result depends on how many there are."""
     processes = torch.get_num_threads() if device == "cpu" else 1
     if processes == 1:
         yield map
-    else:
-        with multiprocessing.get_context("spawn").Pool(processes, begin_worker, (prepare,)) as pool:
-            yield pool.imap_unordered
+        return
+    options = {"mp_context": multiprocessing.get_context("spawn"), "initializer": begin_worker}
+    with ProcessPoolExecutor(processes, **options, initargs=(prepare,)) as pool:
+        try:
+            submit = pool.submit
+            yield lambda do, jobs: map(Future.result, as_completed([submit(do, x) for x in jobs]))
+        except BaseException:  # nothing of what still runs is waited for
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise

@@ -101,6 +101,7 @@ MEANS = {
     "R_EB, Standard MDLM": bias("ratio", MDLM),
     "gap, MemDLM": bias("gap", MEMDLM),
     "gap, Standard MDLM": bias("gap", MDLM),
+    "gap at a lower rate": bias("gap", "mdlm-8e-05"),
 }
 
 
