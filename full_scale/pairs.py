@@ -79,8 +79,9 @@ def read_data(source: str, tokenizer, max_length: int) -> tuple[list[Example], i
         if not all(isinstance(one, str) and one.strip() for one in (prompt, response)):
             raise UserError(f'{place}: must be {{"prompt": "...", "response": "..."}}, not empty.')
         try:
+            (prompt + response).encode()  # they are texts, without half a surrogate pair
             ids = tokenizer.encode_pair(prompt, response)
-        except UserError as error:  # a chat template may refuse a text
+        except (UserError, UnicodeError) as error:  # a chat template may refuse a text
             raise UserError(f"{place}: {error}") from None
         pairs.append(Example(*ids))
     if not pairs:

@@ -56,9 +56,8 @@ def exposure_curve(model, write, seed: int, args, config: dict) -> list[tuple]:
 
 
 def memory_views(model, config: dict, seed: int) -> list[dict]:
-    """What the inner loop does to each pair of a fine-tuning set, at t = 0.4: "nll", -log p of the
-    "places" that x_t masks, with phi_0, phi_1, ...; which of them are "noisy"; the words of the
-    "answer", and which of them each stage has "hidden"."""
+    """The inner loop on each pair of a fine-tuning set, t = 0.4: "nll", -log p of the masked
+    "places" with phi_0, phi_1, ...; which are "noisy"; the "answer"; what a stage has "hidden"."""
     pairs, true_pairs = (tiny_pairs(config, seed, noise=one) for one in (config["noise"], 0.0))
     batch, memory = data.collate(pairs, model.embedding.weight.device), memory_of(config)
     generator = memdlm.generator_for(seed, "memory views")

@@ -116,7 +116,8 @@ def draw_frontier(axis, points: list[dict]) -> None:
     arrow = {"arrowstyle": "->", "color": COLOURS["memdlm"], "linewidth": 1.6}
     axis.annotate("", (x, y), (x, report.at_equal(standard, x)), arrowprops=arrow)
     values = report.comparisons(points, times).get("equal_loss", {"values": []})["values"]
-    axis.set(title=f"Learnt against kept; at equal loss {report.difference_text(values)}")
+    gain = report.difference_text(values)
+    axis.set_title(f"Learnt and kept; at equal loss {gain}", fontsize=10)
     axis.set(xlabel="training loss without a memory (to the left: more is learnt)")
     axis.set(ylabel=f"score at {times} (up: more is kept)")
     axis.margins(x=0.2)

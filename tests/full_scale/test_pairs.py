@@ -112,6 +112,7 @@ BAD = {
     line(response=" \n\t"): ", line 3: ",
     line(prompt="forbidden"): ", line 3: ",
     line(response="forbidden"): ", line 3: ",
+    '{"prompt": "a", "response": "half a surrogate pair \\ud800"}': ", line 3: ",
     '[{"instruction": "a", "output": "b"}, {"output": "b"}]': ", record 2: ",
     '[{"instruction": "a", "output": 3}]': ", record 1: ",
     '[{"instruction": "a", "input": ["b"], "output": "c"}]': ", record 1: ",
