@@ -171,6 +171,9 @@ def find_adapters(texts: list[str]) -> dict[str, Path]:
             name, folder = backbone.trained_with(text).get("method"), text
         if name not in TRAINED:
             raise UserError(f"--adapter {text}: say what trained it, mdlm={text} or memdlm={text}.")
+        noted = backbone.trained_with(folder).get("method", name)
+        if noted != name:
+            raise UserError(f"--adapter {text}: its training.json says that {noted} trained it.")
         if name in found:
             raise UserError(f"--adapter: {found[name]} and {folder} are both of {name}.")
         found[name] = Path(folder)
