@@ -41,7 +41,7 @@ def answer_prompt(args, model, tokenizer, write: Write | None, seed: int, answer
     """Prints the answer to --prompt and, unless --quiet, the way to it.
     answer(model, prompt (1, P), **options) -> (1, R): `generate`, or another sampler."""
     ids = tokenizer.encode_prompt(args.prompt)
-    if not ids:
+    if not (args.prompt and ids):
         raise UserError("--prompt is empty.")
     prompt = torch.tensor([ids], device=model.embedding.weight.device)
 

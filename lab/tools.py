@@ -283,7 +283,8 @@ def read_config(out: Path, dial: str = "tiny") -> dict:
     config = read_json(out / "config.json")
     own = {"control_lr", "wording", "length", "lr", "seeds"} if dial == "tiny" else set()
     needed = {"seed", "start_scale"} | own
-    if config.get("dial") != dial or not needed <= config.keys():
+    rates = config.get("control_lr", [])
+    if config.get("dial") != dial or not needed <= config.keys() or not isinstance(rates, list):
         raise UserError(f"{out}/config.json is not that of a run of --{dial}.")
     return config
 

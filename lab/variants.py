@@ -132,9 +132,8 @@ def global_norm(grads) -> list[Tensor]:
 def surprise_rule(model, prompts, write, generators, window=96, share=0.3, passes=8) -> tuple:
     """Ours, not the paper's: write what the model could not have guessed, in windows as long as the
     examples it was trained on. Each token is scored with a quarter of its window masked, and the
-    most surprising `share` of the prompt is written in two complementary halves. It takes `passes`
-    through all windows, but not more than two for each window's length of the prompt, and one over
-    a single window: written more often, a short prompt spoils its answer."""
+    most surprising `share` is written in two complementary halves, in `passes` through all windows:
+    at most two for each window's length of the prompt, and one over a single window (README)."""
     windows = cut_windows(prompts, window)  # (B * n, W)
     surprise = token_surprise(model, windows).view(len(prompts), -1)  # (B, n * W)
     order = surprise.argsort(dim=1, descending=True, stable=True)

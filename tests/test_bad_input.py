@@ -105,7 +105,11 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path, capsys, kind):
     assert stamps(run / "seed0") == before
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "{}", '{"dial": "backbone"}'])
+CONFIGS = ["", "{", "[]", '"text"', "{}", '{"dial": "backbone"}']
+CONFIGS.append('{"dial": "tiny", "seed": 0, "start_scale": 1, "wording": "old", "control_lr": []}')
+
+
+@pytest.mark.parametrize("content", CONFIGS)
 def test_a_config_that_no_tiny_run_has_written_is_refused(tmp_path, capsys, content):
     """One line from each program, which names the folder."""
     (tmp_path / "config.json").write_text(content)
