@@ -82,6 +82,8 @@ DIFFERENCES = {
     "equal loss, 4x": FOUND["equal_loss"]["values"],
     "equal rate, 1x": gains(MAIN, MEMDLM, MDLM, 96),
     "equal loss, 1x": equal_loss(MAIN, 96, "1x"),
+    "equal loss, 4x, 192 answers": equal_loss(MORE["many"], 384, "4x"),
+    "equal rate, 4x, 192 answers": gains(MORE["many"], MEMDLM, MDLM, 384),
     "equal loss, 6x": equal_loss(MORE["lengths"], 576, "6x"),
     "equal rate, 6x": gains(MORE["lengths"], MEMDLM, MDLM, 576),
     "MemDLM minus base, 1x": gains(MAIN, MEMDLM, "base", 96),
