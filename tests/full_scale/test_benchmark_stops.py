@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from backbones import write_checkpoint
 from commands import StoppedError, contents, questions, refusal, results
-from toys import METHODS, ONE, answers_of, ask, command, final, lines_of, settings_of
+from toys import METHODS, ONE, answers_of, ask, command, final, lines_of, settings_of, toys
 
 from full_scale import benchmark, samplers
 from full_scale.predictions import Predictions
@@ -111,7 +111,7 @@ OTHER = {
     "--bias-steps 4": "bias_steps 2, not 4",
     "--max-length 16": "max_length 4096, not 16",
     "--write-lr 0.7": "MemDLM (Train & Inference) to niah_single_1 with write lr 0.1, not 0.7",
-    "--adapter mdlm={}/memdlm memdlm={}/memdlm": "Standard MDLM to niah_single_1 with adapter_",
+    "--adapter mdlm={tmp}/bare memdlm={}/memdlm": "Standard MDLM to niah_single_1 with adapter_",
     "--backbone {tmp}/other": "backbone '",
 }
 
@@ -120,6 +120,8 @@ OTHER = {
 def test_answers_by_other_settings_are_refused_and_kept(unbroken, tmp_path, capsys, flags):
     """One line names what differs, before a model is loaded."""
     write_checkpoint(tmp_path / "other", "llada")
+    no_record = shutil.ignore_patterns("training.json")  # it would say that MemDLM trained it
+    shutil.copytree(toys() / "memdlm", tmp_path / "bare", ignore=no_record)
     out = Path(shutil.copytree(unbroken, tmp_path / "begun"))
     more = flags.replace("{tmp}", str(tmp_path))
     said = refusal("eval_niah", command(out, f"{WORK} {more}"), capsys)
