@@ -166,13 +166,14 @@ def find_adapters(texts: list[str]) -> dict[str, Path]:
     "=", or else in the training.json that a fine-tuning leaves beside it."""
     found: dict[str, Path] = {}
     for text in texts:
-        name, _, folder = text.partition("=")
-        if name not in TRAINED or not folder:
-            name, folder = backbone.trained_with(text).get("method"), text
+        said, _, folder = text.partition("=")
+        if said not in TRAINED or not folder:
+            said, folder = None, text
+        noted = backbone.trained_with(folder).get("method")
+        name = said or noted
         if name not in TRAINED:
             raise UserError(f"--adapter {text}: say what trained it, mdlm={text} or memdlm={text}.")
-        noted = backbone.trained_with(folder).get("method", name)
-        if noted != name:
+        if noted not in (None, name):
             raise UserError(f"--adapter {text}: its training.json says that {noted} trained it.")
         if name in found:
             raise UserError(f"--adapter: {found[name]} and {folder} are both of {name}.")

@@ -55,13 +55,15 @@ def processes() -> tuple[int, int]:
 
 @contextmanager
 def together(device: str) -> Iterator[str]:
-    """Joins torchrun's processes, and leaves them in the end. Yields the device of this one; only
-    what the chief prints is seen."""
+    """Joins torchrun's processes, and leaves them in the end, once all are there: whoever goes
+    before that may break off what others still send. Yields the device of this one; only what the
+    chief prints is seen."""
     device = join_processes(device)
     rank, _ = processes()
     with nullcontext() if rank == 0 else redirect_stdout(io.StringIO()):
         yield device
     if launched():
+        from_all(None)
         torch.distributed.destroy_process_group()
 
 

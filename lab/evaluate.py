@@ -19,7 +19,7 @@ from eval_niah import exposure_walk, mean_curve, scores_of
 from lab import report, tools
 from lab.ask import decoding_flags
 from lab.pictures import canvas_text, draw_pictures, median_view, short_text
-from lab.training import arms, checkpoint_path, open_run, tiny_pairs, workers
+from lab.training import SEVERAL, arms, checkpoint_path, open_run, tiny_pairs, workers
 from lab.variants import check_write_flags, memory_of, write_flags, write_of
 from memdlm import Anchor
 from model import UserError
@@ -44,8 +44,8 @@ def exposure_curve(model, write, seed: int, args, config: dict) -> list[tuple]:
     """A row's exposure bias at 1x, all tasks together: (mask ratio, static, sequential)."""
     walks = []
     for task in args.tasks:
-        asked = config["length"], seed, min(args.samples, 16), config["wording"]
-        examples = questions(task, *asked)
+        few = min(args.samples, 16)
+        examples = questions(task, config["length"], seed, few, config["wording"])
         batch = data.collate(examples, model.embedding.weight.device)
         noise, fast = memdlm.generator_for(seed, "static masks", task), None
         order = torch.rand(batch.x0.shape, generator=noise).to(batch.x0.device)
@@ -103,7 +103,7 @@ def measure(args, config: dict, device: str, train, job: tuple[int, str]) -> dic
         found |= {"loss": meta["log"], "training": [{"seed": seed, **cost}]}
         return found | {"memory": memory_views(model, config, seed) if name == "base" else []}
 
-    known = {"run": {key: config[key] for key in config if key not in ("seeds", "control_lr")}}
+    known = {"run": {key: config[key] for key in config if key not in SEVERAL}}
     known |= {"evaluation": tools.settings(args), "machine": tools.machine(device)}
     known |= {"weights": zlib.crc32(checkpoint_path(run, seed, name).read_bytes())}
     place = Path(args.out or args.run) / f"seed{seed}" / f"{name}.json"
@@ -138,10 +138,9 @@ def first_look(args, config: dict, device: str) -> tuple[str, list, list[int]]:
     example = questions("mv", config["length"], seed, args.samples, config["wording"])[0]
     prompt = torch.tensor([example.prompt], device=device)
     states = denoising_states(model, prompt, len(example.response))
-    views = memory_views(model, config, seed)
-    view = median_view(views)
+    view, pairs = median_view(memory_views(model, config, seed)), config["examples"]
     text = denoising_text(example, states)
-    text += f"\nThe inner loop on the median of {len(views)} pairs: -log p of masked words, * noise"
+    text += f"\nThe inner loop on the median of {pairs} pairs: -log p of masked words, * noise"
     for name, nll in (("before", view["nll"][0]), ("after", view["nll"][-1])):
         shown = zip(nll, view["places"], view["noisy"])
         words = (f"{'*' if noisy else ''}{view['answer'][i]} {p:.2f}" for p, i, noisy in shown)

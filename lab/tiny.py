@@ -31,7 +31,7 @@ def build_parser() -> Parser:
     flag("--control-lr", type=real(0), nargs="*", default=[8e-5], help="lower rates, by MDLM only")
     flag("--examples", type=whole(4), default=32, help="size of the fine-tuning set, by 4 tasks")
     flag("--noise", type=real(0, 1), default=0.5, help="share of its answer words drawn anew")
-    flag("--wording", choices=data.WORDINGS, default="old", help="questions as in pretraining?")
+    flag("--wording", choices=data.WORDINGS, default="old", help="of questions: known or new")
     flag("--length", type=whole(64, 1024), default=96, help="tokens of a pretraining example, 1x")
     flag("--stretch", type=whole(1, 16), default=3, help="a fine-tuning example is so many x long")
     flag("--pretrain-steps", type=whole(1), default=1920, help="steps of a base")

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -314,6 +315,7 @@ def begin_worker(prepare: Callable | None) -> None:
     """What a process does before its first job."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ended by the one that has started it
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and outlives a killed one
     if prepare is not None:
         prepare()
 
@@ -329,8 +331,7 @@ def workers(device: str, prepare: Callable | None = None) -> Iterator[Callable]:
     options = {"mp_context": multiprocessing.get_context("spawn"), "initializer": begin_worker}
     with ProcessPoolExecutor(processes, **options, initargs=(prepare,)) as pool:
         try:
-            submit = pool.submit
-            yield lambda do, jobs: map(Future.result, as_completed([submit(do, x) for x in jobs]))
+            yield lambda do, xs: map(Future.result, as_completed([pool.submit(do, x) for x in xs]))
         except BaseException:  # nothing of what still runs is waited for
             for child in multiprocessing.active_children():
                 child.terminate()
