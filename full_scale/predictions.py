@@ -40,7 +40,7 @@ from sample import Write
 class Reader(NamedTuple):
     """Who answers: a row of the tables."""
 
-    method: str  # a key of report.ROWS; in a sweep with the anchor ratio behind an @
+    method: str  # a key of lab.report's TITLES; in a sweep with the anchor ratio behind an @
     checkpoint: str  # "base", or whose adapter is put on the backbone: "mdlm", "memdlm"
     write: Write | None  # how each prompt is written into the weights, if it is
     how: dict = {}  # noqa: RUF012 (never changed) the same by names and numbers, for the file
